@@ -1,0 +1,1 @@
+"""Train or load CoaT, export it, prove the export equal, measure it."""

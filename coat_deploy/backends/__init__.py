@@ -1,0 +1,1 @@
+"""One file a runtime; `select.py` finds them by name."""

@@ -1,0 +1,1 @@
+"""Accuracy against the eager network, and speed."""

@@ -1,0 +1,1 @@
+"""The CoaT network in PyTorch, one file a concept of the paper."""

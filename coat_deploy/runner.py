@@ -1,0 +1,90 @@
+"""What every runtime looks like from outside: load a file, get a Runner, feed it pixels."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.float32]
+"""(B, 3, H, W) float32, normalised."""
+Array = npt.NDArray[np.float32]
+
+LOGITS = "logits"
+FEATURES = ("x1", "x2", "x3", "x4")
+INPUT = "pixels"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of an input or output; a dynamic dimension is a string."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model or an artifact.
+
+    `threads`: compute threads; None leaves the runtime's default (one a core).
+    `precision`: what the runtime should compute in, where it decides (OpenVINO).
+    `compile`: eager only, `torch.compile`.
+    `taps`: names of inner tensors to return besides the outputs, for block by block comparison.
+    """
+
+    threads: int | None = None
+    precision: str = "fp32"
+    compile: bool = False
+    taps: tuple[str, ...] = ()
+
+
+class Runner(Protocol):
+    """A loaded network. A context manager: leaving it frees what it holds."""
+
+    target: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def run(self, pixels: Pixels) -> Mapping[str, Array]:
+        """Return every output (and tap) by name: `logits` (B, K), or `x1`..`x4` (B, C, h, w).
+
+        Raises: RunnerError when the runtime refuses the shape or fails.
+        """
+        ...
+
+    def bind(self, pixels: Pixels) -> Callable[[], object]:
+        """Return a step that runs `pixels` and hands the result back, for timing."""
+        ...
+
+
+class Backend(Protocol):
+    """A module `backends/<target>.py`.
+
+    `load` takes the file of an artifact; for the eager target, the model's folder.
+    """
+
+    def missing(self) -> str | None:
+        """Return the command that installs what this backend lacks, or None."""
+        ...
+
+    def version(self) -> str:
+        """Return the runtime's version."""
+        ...
+
+    def load(self, path: Path, options: LoadOptions) -> Runner:
+        """Load a file. Raises BackendMissing, CorruptArtifact or RunnerError."""
+        ...

@@ -1,0 +1,43 @@
+"""Fixtures every folder of tests shares."""
+
+import importlib
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """timm, the independent implementation that the network and the images are held against.
+
+    Its torchvision has no build for a CPU PyTorch from a package index: the import registers
+    kernels for operators that the missing library would have defined. Defining them empty first
+    is enough for everything but those operators.
+    """
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm", reason="pip install timm")
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        try:
+            library.define(
+                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        except RuntimeError:  # a torchvision with its library is installed
+            break
+    globals()["_torchvision_library"] = library  # operators live as long as this object
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("timm.data")
+        return importlib.import_module("timm")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of photographs beside the checkout; tests that need it skip where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the photographs in {SHARED_DATA}, which are not part of the project")
+    return SHARED_DATA
