@@ -204,9 +204,7 @@ class _Reader:
             raise self.fail(f"'{key}' must be three numbers, 'std' above 0 (got {value!r}).")
         return (float(value[0]), float(value[1]), float(value[2]))
 
-    def choice(
-        self, cfg: Mapping[str, Any], key: str, default: str, known: tuple[str, ...]
-    ) -> Any:
+    def choice(self, cfg: Mapping[str, Any], key: str, default: str, known: tuple[str, ...]) -> Any:
         value = cfg.get(key, default) or default
         if value not in known:
             raise self.fail(unknown_name(key, str(value), known))

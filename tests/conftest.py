@@ -1,6 +1,6 @@
 """Fixtures every folder of tests shares."""
 
-import importlib
+import importlib.util
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,8 @@ def timm() -> ModuleType:
     is enough for everything but those operators.
     """
     torch = pytest.importorskip("torch")
-    pytest.importorskip("timm", reason="pip install timm")
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("needs timm: pip install timm")
     library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         try:
