@@ -59,7 +59,7 @@ class ConvRelPosEnc(nn.Module):
         """Return `EV` (B, h, N, c) from Q and V of the same shape; zero at the class token."""
         batch, heads, _, head_channels = q.shape
         v_map = v[:, :, 1:].transpose(-1, -2).reshape(batch, heads * head_channels, *size)
-        parts = v_map.split(self.channel_splits, dim=1)
+        parts = torch.split(v_map, self.channel_splits, dim=1)
         encoded = torch.cat([conv(v) for conv, v in zip(self.conv_list, parts, strict=True)], 1)
         encoded = encoded.reshape(batch, heads, head_channels, -1).transpose(-1, -2)
         return nn.functional.pad(q[:, :, 1:] * encoded, (0, 0, 1, 0))

@@ -1,0 +1,123 @@
+"""Conv-attention in ONNX operators: `network/attention.py`, restated.
+
+    ConvAtt(X) = Q / sqrt(c) (softmax_N(K)^T V) + Q * DWConv(P, V)
+
+What differs from the network's file, and why:
+1. K is computed transposed, `K^T = Wk X^T` (B, C, N): softmax over tokens then runs along the
+   last axis, contiguous in memory. K needs no bias: softmax over tokens does not see it.
+2. Heads are never split. The context of all heads is one (C, C) product under a block-diagonal
+   mask, which also carries 1 / sqrt(c).
+3. The windows of CRPE are merged to one depthwise convolution.
+4. The class token travels apart, as the network treats it apart in CRPE anyway.
+
+Letters as in the network: B batch, N = 1 + H*W tokens, C channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from coat_deploy.graph.author import Author, Floats, Value
+from coat_deploy.graph.folds import head_mask, merge_windows
+from coat_deploy.graph.form import GraphForm
+from coat_deploy.graph.tokens import Tokens, from_map, rows, to_map
+
+Weights = Mapping[str, Floats]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of Q, K, V: weight (C, C) and bias (C,), cut from the network's joint `qkv`."""
+
+    weight: Floats
+    bias: Floats
+
+
+def conv_attention(
+    a: Author, weights: Weights, path: str, x: Tokens, crpe: str, form: GraphForm, num_heads: int
+) -> Tokens:
+    """Return conv-attention with its output projection, of normed tokens.
+
+    `path` leads to the attention's weights, `crpe` to the scale's shared encoding.
+    """
+    channels = x.grid.channels
+    weight, bias = weights[f"{path}.qkv.weight"], weights[f"{path}.qkv.bias"]
+    q, k, v = (
+        Projection(*part) for part in zip(np.split(weight, 3), np.split(bias, 3), strict=True)
+    )
+    mask = head_mask(channels, num_heads, (channels / num_heads) ** -0.5)
+    fold = x.grid.num_tokens >= form.fold_context_ratio * channels
+    with a.scope("factoratt_crpe"):
+        v_image = a.linear(x.image, v.weight, v.bias, "v")
+        context = _context(a, x, k, v, v_image, mask, fold)  # (B, C, C)
+        image = _attend_image(a, weights, x, q, v_image, context, crpe)
+        q_cls = a.linear(x.cls, q.weight, q.bias, "q_cls", key=a.path("q"))
+        q_cls = a.reshape(q_cls, a.integers(-1, 1, channels), "q_cls_token")
+        cls = rows(a, a.matmul(q_cls, context, "factor_att_cls"), channels)
+        proj = weights[f"{path}.proj.weight"], weights[f"{path}.proj.bias"]
+        return Tokens(
+            a.linear(image, *proj, "proj"),
+            a.linear(cls, *proj, "proj_cls", key=a.path("proj")),
+            x.grid,
+        )
+
+
+def _context(
+    a: Author,
+    x: Tokens,
+    k: Projection,
+    v: Projection,
+    v_image: Value,
+    mask: Floats,
+    fold: bool,
+) -> Value:
+    """Return softmax_N(K)^T V of every head, scaled, on the diagonal of (B, C, C)."""
+    channels = x.grid.channels
+    tokens = _all_tokens(a, x.image, x.cls, x, "tokens")  # (B, N, C)
+    k_weight = a.constant(a.path("k.weight"), k.weight)
+    keys = a.matmul(k_weight, a.transpose(tokens, (0, 2, 1), "tokens_t"), "k_t")  # (B, C, N)
+    s = a.softmax(keys, "softmax")
+    if fold:
+        mixed = rows(a, a.matmul(s, tokens, "mix"), channels)  # (B*C, C)
+        context = a.linear(mixed, v.weight, v.bias, "context", key=a.path("v"))
+        context = a.reshape(context, a.integers(-1, channels, channels), "context_map")
+    else:
+        v_cls = a.linear(x.cls, v.weight, v.bias, "v_cls", key=a.path("v"))
+        context = a.matmul(s, _all_tokens(a, v_image, v_cls, x, "v_tokens"), "context")
+    return a.mul(context, a.constant(_mask_name(mask), mask), "heads")
+
+
+def _mask_name(mask: Floats) -> str:
+    return f"head_mask_{mask.shape[0]}_{np.count_nonzero(mask[0])}"
+
+
+def _all_tokens(a: Author, image: Value, cls: Value, x: Tokens, name: str) -> Value:
+    """Return class token and image tokens as one (B, N, C)."""
+    cls = a.reshape(cls, a.integers(-1, 1, x.grid.channels), f"{name}_cls")
+    image = a.reshape(image, x.grid.token_shape, f"{name}_image")
+    return a.concat((cls, image), 1, name)
+
+
+def _attend_image(
+    a: Author,
+    weights: Weights,
+    x: Tokens,
+    q: Projection,
+    v_image: Value,
+    context: Value,
+    crpe: str,
+) -> Value:
+    """Return conv-attention of the image rows, before the output projection."""
+    q_image = a.linear(x.image, q.weight, q.bias, "q")
+    tokens = a.reshape(q_image, x.grid.token_shape, "q_tokens")
+    factor_att = rows(a, a.matmul(tokens, context, "factor_att"), x.grid.channels)
+    windows = sorted(key for key in weights if key.startswith(f"{crpe}.conv_list."))
+    if not windows:  # the ablation without CRPE
+        return factor_att
+    weight = merge_windows([weights[key] for key in windows if key.endswith("weight")])
+    bias = np.concatenate([weights[key] for key in windows if key.endswith("bias")])
+    with a.scope("crpe"):
+        encoded = a.depthwise(to_map(a, v_image, x.grid), weight, bias, "conv", key=crpe)
+        ev = a.mul(q_image, from_map(a, encoded, x.grid.channels), "ev")
+    return a.add(factor_att, ev, name="conv_att")

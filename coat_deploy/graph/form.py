@@ -1,0 +1,37 @@
+"""Forms: how the one network is written for a runtime."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from coat_deploy.errors import UsageError, unknown_name
+
+FormName = Literal["authored", "traced"]
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """A frozen choice of how conv-attention and the blocks around it are written.
+
+    fold_context_ratio: with N tokens and C channels, where N >= ratio * C the context is taken
+        as `(S X) Wv^T + bv` instead of `S V`. The rows of S sum to 1, so both are equal; the
+        first needs no V of the class token, but one C x C x C product more.
+    resize_layout: where channels stand when parallel blocks resample: "nhwc" or "nchw".
+    """
+
+    fold_context_ratio: float = 2.0
+    resize_layout: Literal["nhwc", "nchw"] = "nhwc"
+
+
+FORMS: Mapping[str, GraphForm] = {
+    "onnxruntime": GraphForm(),
+    "openvino": GraphForm(resize_layout="nchw"),
+}
+"""The authored form of each target that takes ONNX."""
+
+
+def get_form(target: str) -> GraphForm:
+    """Return the form of a target. Raises UsageError where it takes no ONNX file."""
+    if target not in FORMS:
+        raise UsageError(unknown_name("target for an ONNX graph", target, FORMS))
+    return FORMS[target]
