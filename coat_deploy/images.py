@@ -10,13 +10,12 @@ whatever colour the editor left below). Colour profiles are ignored, as in timm.
 import functools
 import io
 import math
-import os
 import stat
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -28,12 +27,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from coat_deploy.errors import ImageError, UsageError
+from coat_deploy.errors import ImageError
 from coat_deploy.runner import Array
 from coat_deploy.spec import Interpolation, Preprocess, Size
-
-SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""What is taken for an image in a folder; upper case too. A file named outright may have any."""
 
 MAX_RESIZED_PIXELS = 1 << 27
 """Most pixels that resizing may make on its way (512 MiB): a thin strip grows without bound."""
@@ -149,6 +145,19 @@ def load(
     return preprocess(decode(source, name, limits), how, name)
 
 
+def normalise(
+    pixels: npt.NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Array:
+    """Return RGB pixels (..., 3, H, W) as the network's input, float32.
+
+    In the order of torch's operations, so that the bits are the same on every machine.
+    """
+    red_green_blue = (-1, 1, 1)
+    centre = np.asarray(mean, dtype=np.float32).reshape(red_green_blue)
+    spread = np.asarray(std, dtype=np.float32).reshape(red_green_blue)
+    return (pixels.astype(np.float32) / np.float32(255) - centre) / spread
+
+
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """Return an image of any mode as 8-bit RGB, transparent parts on white.
 
@@ -229,12 +238,12 @@ def _offset(side: int, crop: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _normalised_values(mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Return (3, 256): each 8-bit value normalised, in the order of torch's operations.
+    """Return (3, 256): each 8-bit value normalised.
 
     A look-up costs what a fused multiply-add over the image does, and has timm's very bits.
     """
-    values = np.arange(256, dtype=np.float32) / np.float32(255)
-    return (values - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+    every = np.arange(256, dtype=np.uint8)
+    return normalise(np.tile(every, (3, 1, 1)), mean, std)[:, 0]
 
 
 def _name(source: Path | bytes) -> str:
@@ -314,70 +323,3 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if isinstance(transparent := image.info.get("transparency"), int):
         grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")
-
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """An image file and its class as the folders tell it, if they do."""
-
-    path: Path
-    label: str | None = None
-
-
-def find_images(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
-    """Return the images of files and folders; see `find_labelled_images`."""
-    return [image.path for image in find_labelled_images(paths, recursive)]
-
-
-def find_labelled_images(paths: Sequence[Path], recursive: bool = True) -> list[LabelledImage]:
-    """Return the images of files and folders, in the order given, folders sorted by name.
-
-    In a folder, files count by suffix and hidden ones do not; with `recursive`, folders below
-    too, links followed. The first folder below the one given is the label (`FOLDER/cat/1.jpg`,
-    `FOLDER/cat/old/2.jpg`: cat); an image beside the class folders, or named outright, has none.
-    Names that come twice count once.
-    Raises: UsageError for a missing path, an unreadable folder, or one without an image.
-    """
-    found: dict[Path, LabelledImage] = {}
-    for path in paths:
-        for image in _images_at(path, recursive):
-            found.setdefault(image.path, image)
-    return list(found.values())
-
-
-def _images_at(path: Path, recursive: bool) -> list[LabelledImage]:
-    if not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise UsageError(f"{path}: no such file or folder. Check the path.")
-        return [LabelledImage(path)]
-    images = []
-    for file in _walk(path, recursive, frozenset()):
-        below = file.relative_to(path).parts
-        images.append(LabelledImage(file, below[0] if len(below) > 1 else None))
-    if not images:
-        raise UsageError(
-            f"{path}: no image in this folder (expected files that end in "
-            f"{', '.join(SUFFIXES)}). Name another folder, or a file outright."
-        )
-    return images
-
-
-def _walk(folder: Path, recursive: bool, above: frozenset[str]) -> Iterator[Path]:
-    """Yield the images below a folder by name; `above` ends loops of links."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        with os.scandir(folder) as listing:
-            entries = sorted((entry.name, entry.is_dir()) for entry in listing)
-    except OSError as error:
-        raise UsageError(
-            f"{folder}: cannot be listed ({error.strerror}). Check its permissions."
-        ) from error
-    for name, is_folder in entries:
-        if name.startswith("."):
-            continue
-        if is_folder and recursive:
-            yield from _walk(folder / name, recursive, above | {real})
-        elif not is_folder and name.lower().endswith(SUFFIXES):
-            yield folder / name

@@ -34,12 +34,14 @@ class LoadOptions:
     `threads`: compute threads; None leaves the runtime's default (one a core).
     `precision`: what the runtime should compute in, where it decides (OpenVINO).
     `compile`: eager only, `torch.compile`.
+    `features`: eager only, the maps x1..x4 instead of logits.
     `taps`: names of inner tensors to return besides the outputs, for block by block comparison.
     """
 
     threads: int | None = None
     precision: str = "fp32"
     compile: bool = False
+    features: bool = False
     taps: tuple[str, ...] = ()
 
 

@@ -56,6 +56,10 @@ class WeightsRecord:
     url: str | None = None
     sha256: str | None = None
 
+    def to_json(self) -> dict[str, str]:
+        """Return the record without what is not known."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value}
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -107,7 +111,7 @@ class ModelSpec:
         if self.label_set:
             document["label_set"] = self.label_set
         if self.weights:
-            document["weights"] = dataclasses.asdict(self.weights)
+            document["weights"] = self.weights.to_json()
         return document
 
     @classmethod

@@ -24,9 +24,7 @@ def timm() -> ModuleType:
     library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         try:
-            library.define(
-                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         except RuntimeError:  # a torchvision with its library is installed
             break
     globals()["_torchvision_library"] = library  # operators live as long as this object

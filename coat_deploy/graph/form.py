@@ -6,7 +6,8 @@ from typing import Literal
 
 from coat_deploy.errors import UsageError, unknown_name
 
-FormName = Literal["authored", "traced"]
+FORM_NAMES = ("authored", "traced")
+"""Written by us, or by PyTorch's exporter."""
 
 
 @dataclass(frozen=True)

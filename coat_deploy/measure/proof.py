@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coat_deploy.errors import BelowBar, CorruptArtifact, RunnerError, UsageError
+from coat_deploy.images import normalise
 from coat_deploy.measure.agreement import Agreement, AgreementMeter, Bar
 from coat_deploy.runner import Array, Pixels, Runner
 from coat_deploy.spec import MAX_SIDE, Preprocess, Size, format_size
@@ -56,9 +57,7 @@ class Proof:
 
     def normalised(self) -> Pixels:
         """Return the network's input, (n, 3, H, W) float32; bit-equal on every machine."""
-        mean = np.asarray(self.mean, dtype=np.float32)[:, None, None]
-        std = np.asarray(self.std, dtype=np.float32)[:, None, None]
-        return (self.pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return normalise(self.pixels, self.mean, self.std)
 
     def matches(self, sha256: str, subject: str = "artifact") -> None:
         """Return if the proof belongs to the artifact of that digest.

@@ -6,12 +6,11 @@ Letters: B batch, N = 1 + H*W tokens of a scale, C channels; (B, N, C) everywher
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.network.attention import FactorizedConvAttention, resample, resample_heads
 from coat_deploy.network.position import ConvPosEnc, ConvRelPosEnc
 
@@ -97,8 +96,6 @@ class ParallelBlock(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        if co_scale not in get_args(CoScale):
-            raise UsageError(unknown_name("co-scale strategy", co_scale, get_args(CoScale)))
         self.co_scale = co_scale
         self.norm12, self.norm13, self.norm14 = (
             nn.LayerNorm(channels, eps=LAYER_NORM_EPS) for _ in range(3)

@@ -6,13 +6,13 @@ Source: Xu, Xu, Chang, Tu, "Co-Scale Conv-Attentional Image Transformers", ICCV 
 Letters: B batch, H x W a map, N = 1 + H*W tokens (class token first), C channels, K classes.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coat_deploy.errors import UsageError
+from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.network.blocks import LAYER_NORM_EPS, CoScale, ParallelBlock, SerialBlock
 from coat_deploy.network.position import ConvPosEnc, ConvRelPosEnc, map_to_tokens, tokens_to_map
 from coat_deploy.network.variants import Variant, get_variant
@@ -58,6 +58,7 @@ class CoaT(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        _check_options(num_classes, co_scale, drop_path)
         self.variant = variant
         self.num_classes = num_classes
         self.features = features
@@ -119,8 +120,13 @@ class CoaT(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return logits (B, K) of normalised pixels (B, 3, H, W), or the maps x1..x4.
 
-        Raises: UsageError for a side below the network's minimum, 8 patches.
+        Raises: UsageError for another shape, or a side below the network's minimum, 8 patches.
         """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise UsageError(
+                f"{self.variant.name}: not a batch of RGB images "
+                f"(got shape {tuple(pixels.shape)}, expected (B, 3, H, W))."
+            )
         smallest = self.variant.min_side
         if pixels.shape[2] < smallest or pixels.shape[3] < smallest:
             raise UsageError(
@@ -171,6 +177,15 @@ class CoaT(nn.Module):
             tokens = (self.norm2(scales[1])[:, 0], self.norm3(scales[2])[:, 0], cls)
             cls = self.aggregate(torch.stack(tokens, dim=1)).squeeze(1)  # (B, C)
         return self.head(cls) if self.num_classes else cls
+
+
+def _check_options(num_classes: int, co_scale: str, drop_path: float) -> None:
+    if num_classes < 0:
+        raise UsageError(f"num_classes: must be 0 or more (got {num_classes}).")
+    if co_scale not in get_args(CoScale):
+        raise UsageError(unknown_name("co-scale strategy", co_scale, get_args(CoScale)))
+    if not 0 <= drop_path < 1:
+        raise UsageError(f"drop_path: must be 0 or more and below 1 (got {drop_path}).")
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,128 @@
+"""The network in PyTorch, on the CPU: the reference of every artifact."""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from coat_deploy.errors import RunnerError
+from coat_deploy.runner import FEATURES, INPUT, LOGITS, Array, LoadOptions, Pixels, TensorSpec
+
+
+def missing() -> str | None:
+    """Return the command that installs what is lacking, or None."""
+    lacking = any(importlib.util.find_spec(name) is None for name in ("torch", "safetensors"))
+    return 'pip install "coat-deploy[torch]"' if lacking else None
+
+
+def version() -> str:
+    """Return PyTorch's version."""
+    return importlib.metadata.version("torch")
+
+
+def load(path: Path, options: LoadOptions) -> "EagerRunner":
+    """Load the model folder `path`, float32, in evaluation mode.
+
+    Raises: SpecError, WeightsError as the folder's files deserve.
+    """
+    import torch
+
+    from coat_deploy.network.coat import create_network
+    from coat_deploy.network.weights import fit, read_safetensors
+    from coat_deploy.repository import Model
+
+    model = Model(path)
+    tensors = fit(read_safetensors(model.weights_path), model.spec)
+    network = create_network(
+        model.spec.architecture,
+        model.spec.num_classes,
+        features=options.features,
+        **model.spec.model_args,
+    )
+    state = {key: torch.from_numpy(value) for key, value in tensors.items()}
+    # Without its head the network leaves the head's weights over.
+    network.load_state_dict(state, strict=not options.features)
+    return EagerRunner(network.eval(), options)
+
+
+class EagerRunner:
+    """Runs the network; `taps` are recorded by hooks on its blocks."""
+
+    target = "eager"
+
+    def __init__(self, network: Any, options: LoadOptions) -> None:
+        import torch
+
+        self._torch = torch
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self._taps = options.taps
+        self._recorded: dict[str, Array] = {}
+        self._network = network
+        self._hooks = [
+            module.register_forward_hook(self._recorder(path))
+            for path, module in network.named_modules()
+            if any(tap.rpartition(".")[0] == path for tap in self._taps)
+        ]
+        self._step = torch.compile(network) if options.compile else network
+        size = ("height", "width")
+        self.inputs = (TensorSpec(INPUT, "float32", ("batch", 3, *size)),)
+        names = FEATURES if options.features else (LOGITS,)
+        self.outputs = tuple(TensorSpec(name, "float32", ("batch",)) for name in names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        del self._network, self._step
+
+    def _recorder(self, path: str) -> Callable[[Any, Any, Any], None]:
+        """Return a hook that keeps a block's output as image and class token, like the graphs."""
+
+        def record(_module: Any, _inputs: Any, output: Any) -> None:
+            tokens: dict[str, Any] = {}
+            if path.startswith("patch_embed"):
+                tokens["image"] = output[0]
+            elif path.startswith("parallel_blocks"):
+                for scale, x in enumerate(output, start=2):
+                    tokens[f"image{scale}"], tokens[f"cls{scale}"] = x[:, 1:], x[:, 0]
+            else:
+                tokens["image"], tokens["cls"] = output[:, 1:], output[:, 0]
+            for name, value in tokens.items():
+                self._recorded[f"{path}.{name}"] = value.numpy().copy()
+
+        return record
+
+    def run(self, pixels: Pixels) -> Mapping[str, Array]:
+        """Return the outputs and taps by name. Raises RunnerError when PyTorch fails."""
+        self._recorded = {}
+        try:
+            with self._torch.inference_mode():
+                output = self._step(self._torch.from_numpy(pixels))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RunnerError(f"eager: {reason} (input {pixels.shape}).") from error
+        outputs = output if isinstance(output, tuple) else (output,)
+        named = {
+            spec.name: value.numpy() for spec, value in zip(self.outputs, outputs, strict=True)
+        }
+        return named | {tap: self._recorded[tap] for tap in self._taps}
+
+    def bind(self, pixels: Pixels) -> Callable[[], object]:
+        """Return a step that runs `pixels`."""
+        tensor = self._torch.from_numpy(pixels)
+
+        def step() -> object:
+            with self._torch.inference_mode():
+                return self._step(tensor)
+
+        return step

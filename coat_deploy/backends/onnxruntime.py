@@ -1,0 +1,101 @@
+"""onnxruntime on the CPU."""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from coat_deploy.errors import CorruptArtifact, RunnerError
+from coat_deploy.runner import Array, LoadOptions, Pixels, TensorSpec
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+"""Either installs the module; both at once overwrite each other."""
+
+
+def missing() -> str | None:
+    """Return the command that installs what is lacking, or None."""
+    found = importlib.util.find_spec("onnxruntime") is not None
+    return None if found else 'pip install "coat-deploy[cpu]"'
+
+
+def version() -> str:
+    """Return onnxruntime's version."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def load(path: Path, options: LoadOptions) -> "OnnxRuntimeRunner":
+    """Load an ONNX file on the CPU.
+
+    Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
+    onnxruntime does not take.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # its warnings are advice to graph authors
+    if options.threads:
+        settings.intra_op_num_threads = options.threads
+    # Idle threads that spin after a run take the cores from whoever works next.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    source: str | bytes = str(path)
+    if options.taps:
+        from coat_deploy.graph.taps import expose
+
+        source = expose(path, options.taps)
+    try:
+        session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's classes are private and share no base
+        reason = str(error).splitlines()[0]
+        if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "InvalidGraph", "NoModel"):
+            raise CorruptArtifact(
+                f"{path}: not a whole ONNX model (onnxruntime: {reason}). Export it again."
+            ) from error
+        raise RunnerError(f"{path}: onnxruntime does not load it ({reason}).") from error
+    return OnnxRuntimeRunner(session)
+
+
+class OnnxRuntimeRunner:
+    """Runs a session; inputs and outputs are in host memory."""
+
+    target = "onnxruntime"
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.inputs = tuple(map(_spec, session.get_inputs()))
+        self.outputs = tuple(map(_spec, session.get_outputs()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del self._session
+
+    def run(self, pixels: Pixels) -> Mapping[str, Array]:
+        """Return the outputs and taps by name. Raises RunnerError when onnxruntime refuses."""
+        try:
+            outputs = self._session.run(None, {self.inputs[0].name: pixels})
+        except Exception as error:  # onnxruntime's classes are private and share no base
+            raise RunnerError(
+                f"onnxruntime: {str(error).splitlines()[0]} (input {pixels.shape}, "
+                f"expected {self.inputs[0].shape})."
+            ) from error
+        return {spec.name: value for spec, value in zip(self.outputs, outputs, strict=True)}
+
+    def bind(self, pixels: Pixels) -> Callable[[], object]:
+        """Return a step that runs `pixels`."""
+        run, feed = self._session.run, {self.inputs[0].name: pixels}
+        return lambda: run(None, feed)
+
+
+def _spec(value: Any) -> TensorSpec:
+    dtype = value.type.removeprefix("tensor(").removesuffix(")")
+    return TensorSpec(value.name, dtype.replace("float", "float32"), tuple(value.shape))

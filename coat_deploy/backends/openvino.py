@@ -1,0 +1,120 @@
+"""OpenVINO on the CPU, in float32 or bfloat16."""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from coat_deploy.errors import CorruptArtifact, RunnerError, UsageError, unknown_name
+from coat_deploy.runner import Array, LoadOptions, Pixels, TensorSpec
+
+_TYPES = {"fp32": "f32", "bf16": "bf16"}
+
+
+def missing() -> str | None:
+    """Return the command that installs what is lacking, or None."""
+    found = importlib.util.find_spec("openvino") is not None
+    return None if found else 'pip install "coat-deploy[openvino]"'
+
+
+def version() -> str:
+    """Return OpenVINO's version."""
+    import openvino
+
+    return str(openvino.__version__)
+
+
+def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
+    """Compile an ONNX file for the CPU, to compute in `options.precision`.
+
+    Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
+    OpenVINO does not take, or a CPU that would compute in another precision than asked.
+    """
+    import openvino
+
+    if options.precision not in _TYPES:
+        raise UsageError(unknown_name("OpenVINO precision", options.precision, _TYPES))
+    core = openvino.Core()
+    try:
+        model = core.read_model(str(path))
+    except RuntimeError as error:
+        reason = _reason(error)
+        raise CorruptArtifact(
+            f"{path}: not a whole ONNX model (OpenVINO: {reason}). Export it again."
+        ) from error
+    model.add_outputs(list(options.taps))
+    wanted = _TYPES[options.precision]
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": wanted,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    if options.threads:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    try:
+        compiled = core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        raise RunnerError(f"{path}: OpenVINO does not compile it ({_reason(error)}).") from error
+    computed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if computed != wanted:
+        raise RunnerError(
+            f"{path}: this CPU does not compute in {options.precision} "
+            f"(OpenVINO would use {computed}). Load it on one with AMX or AVX512-BF16, or use "
+            "the fp32 artifact."
+        )
+    return OpenVinoRunner(compiled)
+
+
+class OpenVinoRunner:
+    """Runs one request of a compiled model; inputs and outputs are in host memory."""
+
+    target = "openvino"
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        self.inputs = tuple(map(_spec, compiled.inputs))
+        self.outputs = tuple(map(_spec, compiled.outputs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del self._request, self._compiled
+
+    def run(self, pixels: Pixels) -> Mapping[str, Array]:
+        """Return the outputs and taps by name. Raises RunnerError when OpenVINO refuses."""
+        try:
+            self._request.infer([pixels], share_inputs=True)
+        except RuntimeError as error:
+            raise RunnerError(
+                f"openvino: {_reason(error)} (input {pixels.shape}, "
+                f"expected {self.inputs[0].shape})."
+            ) from error
+        outputs = [self._request.get_output_tensor(i).data for i in range(len(self.outputs))]
+        named = zip(self.outputs, outputs, strict=True)
+        return {spec.name: np.array(value, np.float32) for spec, value in named}
+
+    def bind(self, pixels: Pixels) -> Callable[[], object]:
+        """Return a step that runs `pixels`."""
+        request = self._request
+        return lambda: request.infer([pixels], share_inputs=True, share_outputs=True)
+
+
+def _spec(port: Any) -> TensorSpec:
+    shape = tuple("?" if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
+    # A tapped tensor keeps the name it was asked for among its aliases.
+    return TensorSpec(port.get_any_name(), port.get_element_type().get_type_name(), shape)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the last line of OpenVINO's stack of places, which says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,103 @@
+"""Images for the commands that take them: found, decoded batch by batch, broken ones told."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from coat_deploy.cli import console
+from coat_deploy.errors import ImageError, UsageError
+from coat_deploy.image_files import LabelledImage, find_labelled_images
+from coat_deploy.images import load
+from coat_deploy.measure.validate import Batch, batch_sizes_in_turn
+from coat_deploy.runner import Array, Pixels
+from coat_deploy.spec import Preprocess
+
+
+@dataclass
+class Images:
+    """Images to run through a network, and those that turned out broken on the way.
+
+    `classes` maps a label to its class; an image whose label is not in it has none.
+    """
+
+    found: Sequence[LabelledImage]
+    batch_sizes: Sequence[int]
+    classes: dict[str, int] = field(default_factory=dict)
+    broken: dict[Path, str] = field(default_factory=dict)
+
+    def batches(self, how: Preprocess) -> Iterator[Batch]:
+        """Yield the images that can be read in batches of the given sizes in turn."""
+        readable = self._readable(how)
+        for part in batch_sizes_in_turn(len(self.found), self.batch_sizes):
+            taken = [item for item, _ in zip(readable, part, strict=False)]
+            if taken:
+                yield self._batch(taken)
+
+    def _readable(self, how: Preprocess) -> Iterator[tuple[LabelledImage, Array]]:
+        for image in self.found:
+            if image.path in self.broken:
+                continue
+            try:
+                yield image, load(image.path, how)
+            except ImageError as error:
+                self.broken[image.path] = str(error)
+                console.note(f"skipped: {error}")
+
+    def _batch(self, taken: Sequence[tuple[LabelledImage, Array]]) -> Batch:
+        labels = [self.classes.get(image.label or "", -1) for image, _ in taken]
+        return Batch(
+            np.stack([pixels for _, pixels in taken]),
+            tuple(str(image.path) for image, _ in taken),
+            None if not self.classes or min(labels) < 0 else tuple(labels),
+        )
+
+    def first(self, how: Preprocess, count: int = 2) -> Pixels:
+        """Return the first few images that can be read, (B, 3, H, W). Raises ImageError."""
+        some = [pixels for _, (_, pixels) in zip(range(count), self._readable(how), strict=False)]
+        if not some:
+            raise ImageError(f"none of the {len(self.found)} images could be read.")
+        return np.stack(some)
+
+    def finish(self, strict: bool) -> None:
+        """Tell how many were broken. Raises ImageError with `strict`, or if none was readable."""
+        if len(self.broken) == len(self.found):
+            raise ImageError(f"none of the {len(self.found)} images could be read.")
+        if self.broken:
+            message = f"{len(self.broken)} of {len(self.found)} images could not be read"
+            if strict:
+                raise ImageError(f"{message}, and --strict is set.")
+            console.note(f"{message}; they were skipped.")
+
+
+def find(paths: Sequence[Path], batch_sizes: Sequence[int], limit: int | None = None) -> Images:
+    """Return the images of files and folders, the first `limit` of them spread evenly."""
+    found = find_labelled_images(paths)
+    if limit is not None and limit < len(found):
+        step = len(found) / limit
+        found = [found[int(i * step)] for i in range(limit)]
+    return Images(found, batch_sizes)
+
+
+def match_labels(images: Images, labels: Sequence[str]) -> bool:
+    """Take the folders' names for classes where all are labels of the model; return if so."""
+    classes = {label: i for i, label in enumerate(labels)}
+    names = {image.label for image in images.found}
+    if None in names or not names <= set(classes):
+        return False
+    images.classes = classes
+    return True
+
+
+def load_batches(paths: Sequence[Path]) -> Callable[[Preprocess], Iterator[Batch]]:
+    """Return what makes batches of the images at `paths` for a preprocessing."""
+    images = find(paths, (1, 2, 8))
+    if not images.found:
+        raise UsageError("no images to validate on.")
+
+    def batches(how: Preprocess) -> Iterator[Batch]:
+        yield from images.batches(how)
+        images.finish(strict=False)
+
+    return batches

@@ -1,0 +1,115 @@
+"""Open a model for use: find its artifact, refuse what is stale or broken, replay its proof."""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from coat_deploy.artifact import Artifact
+from coat_deploy.backends.select import TARGETS, require
+from coat_deploy.digest import sha256_file
+from coat_deploy.errors import RepositoryError, UsageError, unknown_name
+from coat_deploy.measure.agreement import Agreement
+from coat_deploy.measure.proof import Proof, replay
+from coat_deploy.repository import WEIGHTS, ArtifactQuery, Model
+from coat_deploy.runner import LoadOptions, Runner
+from coat_deploy.spec import Size
+
+_log = logging.getLogger(__name__)
+
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a backend opens for a target of a model: an artifact, or for eager the folder."""
+
+    model: Model
+    target: str
+    artifact: Artifact | None
+
+    @property
+    def path(self) -> Path:
+        """The file, or for eager the model's folder."""
+        return self.model.path(self.artifact) if self.artifact else self.model.folder
+
+    @property
+    def precision(self) -> str:
+        """What the target computes in."""
+        return self.artifact.precision if self.artifact else "fp32"
+
+    @property
+    def form(self) -> str:
+        """How the graph was written; the network itself for eager."""
+        return self.artifact.form if self.artifact else "network"
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the artifact; of the weights for eager."""
+        return self.artifact.sha256 if self.artifact else sha256_file(self.model.weights_path)
+
+    @property
+    def size(self) -> Size:
+        """The image size it takes; the model's own where it takes any."""
+        fixed = self.artifact.size if self.artifact else None
+        return fixed or self.model.spec.preprocess.input_size
+
+    def options(self, options: LoadOptions) -> LoadOptions:
+        """Return `options` with the precision that the artifact was made for."""
+        return replace(options, precision=self.precision)
+
+    def loader(self, options: LoadOptions) -> Callable[[], Runner]:
+        """Return a picklable function that loads it, without any check, in any process."""
+        return functools.partial(load_unchecked, self.target, self.path, self.options(options))
+
+
+def find_source(model: Model, query: ArtifactQuery) -> Source:
+    """Return what to open for `query`, without opening it.
+
+    Raises: UsageError for an unknown target, RepositoryError for what is not there.
+    """
+    if query.target not in TARGETS:
+        raise UsageError(unknown_name("target", query.target, TARGETS))
+    if query.target != EAGER:
+        return Source(model, query.target, model.find(query))
+    if not model.weights_path.is_file():
+        raise RepositoryError(
+            f"{model.folder}: no weights (expected {WEIGHTS} there). Put them there by exporting: "
+            f"coat-deploy export {model.name} --weights SOURCE --models {model.folder.parent}"
+        )
+    return Source(model, EAGER, None)
+
+
+def load_unchecked(target: str, path: Path, options: LoadOptions) -> Runner:
+    """Load a file into a target's runtime. Raises BackendMissing with the command to run."""
+    return require(target).load(path, options)
+
+
+def open_source(source: Source, options: LoadOptions) -> Runner:
+    """Load a source for work: parents and bytes as exported, and the proof replayed.
+
+    Raises: StaleArtifact, CorruptArtifact, BelowBar; the eager network has nothing to check.
+    """
+    if source.artifact is None:
+        return source.loader(options)()
+    source.model.check_parents(source.artifact)
+    source.model.check_files(source.artifact)
+    runner = source.loader(options)()
+    agreement = selftest(source.model, source.artifact, runner)
+    _log.info("%s: reproduces its proof (%s)", source.artifact.name, agreement.summary())
+    return runner
+
+
+def selftest(model: Model, artifact: Artifact, runner: Runner) -> Agreement:
+    """Replay an artifact's proof on `runner`, on this machine.
+
+    Raises: BelowBar with the figures, CorruptArtifact for a proof that is damaged or another's.
+    """
+    path = model.proof_path(artifact)
+    try:
+        proof = Proof.from_bytes(path.read_bytes(), str(path))
+    except OSError as error:
+        raise RepositoryError(f"{path}: cannot be read ({error.strerror}).") from error
+    proof.matches(artifact.sha256, artifact.name)
+    return replay(proof, runner, artifact.name)
