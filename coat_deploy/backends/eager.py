@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import RunnerError
 from coat_deploy.runner import FEATURES, INPUT, LOGITS, Array, LoadOptions, Pixels, TensorSpec
 
@@ -104,6 +105,7 @@ class EagerRunner:
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
         """Return the outputs and taps by name. Raises RunnerError when PyTorch fails."""
+        pixels = accept(pixels, self.inputs[0], self.target)
         self._recorded = {}
         try:
             with self._torch.inference_mode():
@@ -115,11 +117,14 @@ class EagerRunner:
         named = {
             spec.name: value.numpy() for spec, value in zip(self.outputs, outputs, strict=True)
         }
+        for tap in self._taps:
+            if tap not in self._recorded:
+                raise RunnerError(f"eager: the network has no inner tensor '{tap}'.")
         return named | {tap: self._recorded[tap] for tap in self._taps}
 
     def bind(self, pixels: Pixels) -> Callable[[], object]:
         """Return a step that runs `pixels`."""
-        tensor = self._torch.from_numpy(pixels)
+        tensor = self._torch.from_numpy(accept(pixels, self.inputs[0], self.target))
 
         def step() -> object:
             with self._torch.inference_mode():

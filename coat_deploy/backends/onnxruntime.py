@@ -7,8 +7,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import CorruptArtifact, RunnerError
 from coat_deploy.runner import Array, LoadOptions, Pixels, TensorSpec
+
+_CORRUPT = ("InvalidProtobuf", "InvalidArgument", "InvalidGraph", "NoSuchFile", "NoModel")
+"""What onnxruntime calls the errors of a file that is broken, not of one it cannot run."""
+
+_DTYPES = {"float": "float32", "double": "float64"}
+"""ONNX's names of types that numpy calls otherwise."""
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 """Either installs the module; both at once overwrite each other."""
@@ -36,7 +43,8 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeRunner":
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # its warnings are advice to graph authors
+    # Its warnings are advice to graph authors; its errors come as exceptions too.
+    settings.log_severity_level = 4
     if options.threads:
         settings.intra_op_num_threads = options.threads
     # Idle threads that spin after a run take the cores from whoever works next.
@@ -50,7 +58,7 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeRunner":
         session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes are private and share no base
         reason = str(error).splitlines()[0]
-        if type(error).__name__ in ("InvalidProtobuf", "NoSuchFile", "InvalidGraph", "NoModel"):
+        if type(error).__name__ in _CORRUPT:
             raise CorruptArtifact(
                 f"{path}: not a whole ONNX model (onnxruntime: {reason}). Export it again."
             ) from error
@@ -81,21 +89,24 @@ class OnnxRuntimeRunner:
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
         """Return the outputs and taps by name. Raises RunnerError when onnxruntime refuses."""
+        pixels = accept(pixels, self.inputs[0], self.target)
         try:
             outputs = self._session.run(None, {self.inputs[0].name: pixels})
         except Exception as error:  # onnxruntime's classes are private and share no base
             raise RunnerError(
-                f"onnxruntime: {str(error).splitlines()[0]} (input {pixels.shape}, "
-                f"expected {self.inputs[0].shape})."
+                f"onnxruntime: {str(error).splitlines()[0]} (input {pixels.shape})."
             ) from error
         return {spec.name: value for spec, value in zip(self.outputs, outputs, strict=True)}
 
     def bind(self, pixels: Pixels) -> Callable[[], object]:
         """Return a step that runs `pixels`."""
+        pixels = accept(pixels, self.inputs[0], self.target)
         run, feed = self._session.run, {self.inputs[0].name: pixels}
         return lambda: run(None, feed)
 
 
 def _spec(value: Any) -> TensorSpec:
     dtype = value.type.removeprefix("tensor(").removesuffix(")")
-    return TensorSpec(value.name, dtype.replace("float", "float32"), tuple(value.shape))
+    # A tapped tensor has dimensions without even a name.
+    shape = tuple("?" if length is None else length for length in value.shape)
+    return TensorSpec(value.name, _DTYPES.get(dtype, dtype), shape)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import CorruptArtifact, RunnerError, UsageError, unknown_name
 from coat_deploy.runner import Array, LoadOptions, Pixels, TensorSpec
 
@@ -37,15 +38,11 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
 
     if options.precision not in _TYPES:
         raise UsageError(unknown_name("OpenVINO precision", options.precision, _TYPES))
-    core = openvino.Core()
+    model = _read(path)
     try:
-        model = core.read_model(str(path))
+        model.add_outputs(list(options.taps))
     except RuntimeError as error:
-        reason = _reason(error)
-        raise CorruptArtifact(
-            f"{path}: not a whole ONNX model (OpenVINO: {reason}). Export it again."
-        ) from error
-    model.add_outputs(list(options.taps))
+        raise RunnerError(f"{path}: {_reason(error)}") from error
     wanted = _TYPES[options.precision]
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": wanted,
@@ -54,7 +51,7 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = options.threads
     try:
-        compiled = core.compile_model(model, "CPU", settings)
+        compiled = openvino.Core().compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise RunnerError(f"{path}: OpenVINO does not compile it ({_reason(error)}).") from error
     computed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -64,7 +61,29 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
             f"(OpenVINO would use {computed}). Load it on one with AMX or AVX512-BF16, or use "
             "the fp32 artifact."
         )
-    return OpenVinoRunner(compiled)
+    return OpenVinoRunner(compiled, options.taps)
+
+
+def _read(path: Path) -> Any:
+    """Return OpenVINO's model of an ONNX file.
+
+    By the ONNX frontend alone: `Core.read_model` would offer a broken file to all others too,
+    which write to standard error what they think of it.
+    Raises: CorruptArtifact.
+    """
+    from openvino.frontend import FrontEndManager
+
+    frontend = FrontEndManager().load_by_framework("onnx")
+    try:
+        model = frontend.convert(frontend.load(str(path)))
+        reason = None if model.outputs else "it holds no graph"
+    except Exception as error:  # a frontend's errors and the core's share no base
+        reason = _reason(error)
+    if reason:
+        raise CorruptArtifact(
+            f"{path}: not a whole ONNX model (OpenVINO: {reason}). Export it again."
+        )
+    return model
 
 
 class OpenVinoRunner:
@@ -72,11 +91,11 @@ class OpenVinoRunner:
 
     target = "openvino"
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, taps: tuple[str, ...] = ()) -> None:
         self._compiled = compiled
         self._request = compiled.create_infer_request()
-        self.inputs = tuple(map(_spec, compiled.inputs))
-        self.outputs = tuple(map(_spec, compiled.outputs))
+        self.inputs = tuple(_spec(port) for port in compiled.inputs)
+        self.outputs = tuple(_spec(port, taps) for port in compiled.outputs)
 
     def __enter__(self) -> Self:
         return self
@@ -91,30 +110,30 @@ class OpenVinoRunner:
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
         """Return the outputs and taps by name. Raises RunnerError when OpenVINO refuses."""
+        pixels = accept(pixels, self.inputs[0], self.target)
         try:
             self._request.infer([pixels], share_inputs=True)
         except RuntimeError as error:
-            raise RunnerError(
-                f"openvino: {_reason(error)} (input {pixels.shape}, "
-                f"expected {self.inputs[0].shape})."
-            ) from error
+            raise RunnerError(f"openvino: {_reason(error)} (input {pixels.shape}).") from error
         outputs = [self._request.get_output_tensor(i).data for i in range(len(self.outputs))]
         named = zip(self.outputs, outputs, strict=True)
         return {spec.name: np.array(value, np.float32) for spec, value in named}
 
     def bind(self, pixels: Pixels) -> Callable[[], object]:
         """Return a step that runs `pixels`."""
-        request = self._request
+        request, pixels = self._request, accept(pixels, self.inputs[0], self.target)
         return lambda: request.infer([pixels], share_inputs=True, share_outputs=True)
 
 
-def _spec(port: Any) -> TensorSpec:
+def _spec(port: Any, taps: tuple[str, ...] = ()) -> TensorSpec:
     shape = tuple("?" if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
-    # A tapped tensor keeps the name it was asked for among its aliases.
-    return TensorSpec(port.get_any_name(), port.get_element_type().get_type_name(), shape)
+    # A tensor may have aliases; a tapped one is called as it was asked for.
+    names = port.get_names()
+    name = next((tap for tap in taps if tap in names), port.get_any_name())
+    return TensorSpec(name, np.dtype(port.get_element_type().to_dtype()).name, shape)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """Return the last line of OpenVINO's stack of places, which says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"

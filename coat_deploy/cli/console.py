@@ -109,7 +109,7 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title
     table = Table(title=title or None, title_justify="left", title_style="bold", box=None)
     for i, column in enumerate(columns):
         cells = [row[i] for row in rows]
-        numeric = any(isinstance(cell, int | float) for cell in cells)
+        numeric = all(cell is None or isinstance(cell, int | float) for cell in cells)
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(format_cell(cell) for cell in row))

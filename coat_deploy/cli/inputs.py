@@ -1,5 +1,6 @@
 """Images for the commands that take them: found, decoded batch by batch, broken ones told."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class Images:
         """Yield the images that can be read in batches of the given sizes in turn."""
         readable = self._readable(how)
         for part in batch_sizes_in_turn(len(self.found), self.batch_sizes):
-            taken = [item for item, _ in zip(readable, part, strict=False)]
+            taken = list(itertools.islice(readable, len(part)))
             if taken:
                 yield self._batch(taken)
 
@@ -55,7 +56,7 @@ class Images:
 
     def first(self, how: Preprocess, count: int = 2) -> Pixels:
         """Return the first few images that can be read, (B, 3, H, W). Raises ImageError."""
-        some = [pixels for _, (_, pixels) in zip(range(count), self._readable(how), strict=False)]
+        some = [pixels for _, pixels in itertools.islice(self._readable(how), count)]
         if not some:
             raise ImageError(f"none of the {len(self.found)} images could be read.")
         return np.stack(some)

@@ -12,6 +12,7 @@ from coat_deploy.errors import BelowBar, CorruptArtifact, RepositoryError, Usage
 from coat_deploy.spec import Size, format_size, parse_size
 
 if TYPE_CHECKING:
+    from coat_deploy.measure.accuracy import Accuracy
     from coat_deploy.measure.by_block import BlockReport
     from coat_deploy.measure.validate import Validation
     from coat_deploy.open import Source
@@ -185,7 +186,8 @@ def render(
         ("KL divergence", agreement.kl_divergence),
         ("top-1 agreement", agreement.top1_agreement),
         ("top-5 overlap", agreement.top5_overlap),
-        ("NaN or Inf (eager, artifact)", " ".join(map(str, agreement.non_finite.values()))),
+        ("NaN or Inf, eager", agreement.non_finite_reference),
+        ("NaN or Inf, artifact", agreement.non_finite_candidate),
     ]
     title = f"{model}: {source.artifact.name} against eager"
     text = console.render_table(("", source.target), rows, title)
@@ -200,7 +202,7 @@ def render(
         ],
     )
     if validation.accuracy:
-        text += "\n" + render_accuracy(validation.accuracy.to_json())
+        text += "\n" + render_accuracy(validation.accuracy)
     if blocks:
         departed = blocks.departure
         text += "\n" + console.render_table(
@@ -211,15 +213,18 @@ def render(
     return text
 
 
-def render_accuracy(accuracy: dict[str, Any]) -> str:
+def render_accuracy(accuracy: "Accuracy") -> str:
     """Return the accuracies with their intervals as text."""
-    rows = []
-    for runner in ("reference", "candidate"):
-        for top in ("top1", "top5"):
-            share = accuracy[runner][top]
-            interval = f"{share['low']:.4f} to {share['high']:.4f}"
-            rows.append((f"{runner} {top}", share["share"], interval))
-    return console.render_table(("accuracy", "share", "95% interval"), rows)
+    rows = [
+        (f"{top} of {runner}", share.value, f"{share.low:.4f} to {share.high:.4f}")
+        for top, paired in (("top-1", accuracy.top1), ("top-5", accuracy.top5))
+        for runner, share in (("eager", paired.reference), ("artifact", paired.candidate))
+    ]
+    text = console.render_table(("accuracy", "share", "95% interval"), rows)
+    verdict = "noise" if accuracy.top1.is_noise else "no noise"
+    return (
+        f"{text}\nThe difference in top-1 is {verdict} (McNemar p {accuracy.top1.p_value:.3f}).\n"
+    )
 
 
 def keep(source: "Source", report: dict[str, Any], table: str) -> None:

@@ -23,6 +23,15 @@ MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 """Resize by axes needs 18; Gelu is one operator from 20 on."""
 
 
+def check_opset(opset: int) -> None:
+    """Raise GraphError unless graphs of `opset` are made here."""
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise GraphError(
+            f"opset {opset}: not supported (expected {MIN_OPSET} to {MAX_OPSET}). "
+            f"Choose {DEFAULT_OPSET} unless the runtime is older."
+        )
+
+
 class Author:
     """Collects nodes and initializers; `finish` prunes what no output needs.
 
@@ -30,11 +39,7 @@ class Author:
     """
 
     def __init__(self, opset: int = DEFAULT_OPSET) -> None:
-        if not MIN_OPSET <= opset <= MAX_OPSET:
-            raise GraphError(
-                f"opset {opset}: not supported (expected {MIN_OPSET} to {MAX_OPSET}). "
-                f"Choose {DEFAULT_OPSET} unless the runtime is older."
-            )
+        check_opset(opset)
         self.opset = opset
         self._nodes: list[NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}

@@ -58,12 +58,17 @@ def author_graph(
             f"{spec.architecture}: direct cross-layer attention has no authored graph. "
             "Export it with --form traced."
         )
-    if options.size and min(options.size) < variant.min_side:
+    check_size(variant, options.size)
+    return _CoaT(variant, spec, weights, form, options).build(co_scale == "interpolation")
+
+
+def check_size(variant: Variant, size: Size | None) -> None:
+    """Raise GraphError for a fixed size below the network's minimum."""
+    if size and min(size) < variant.min_side:
         raise GraphError(
-            f"size {format_size(options.size)}: too small for {variant.name} "
+            f"size {format_size(size)}: too small for {variant.name} "
             f"(both sides must be at least {variant.min_side}). Choose a larger size."
         )
-    return _CoaT(variant, spec, weights, form, options).build(co_scale == "interpolation")
 
 
 class _CoaT:

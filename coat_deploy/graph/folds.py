@@ -34,9 +34,9 @@ def merge_windows(weights: Sequence[Floats]) -> Floats:
     window = max(weight.shape[-1] for weight in weights)
     padded = []
     for weight in weights:
-        rim, odd = divmod(window - weight.shape[-1], 2)
-        if odd:
+        if weight.shape[-1] % 2 == 0:
             raise GraphError(f"merge_windows: windows must be odd (got {weight.shape[-1]}).")
+        rim = (window - weight.shape[-1]) // 2
         padded.append(np.pad(weight, ((0, 0), (0, 0), (rim, rim), (rim, rim))))
     return np.concatenate(padded)
 

@@ -11,10 +11,15 @@ MIN_TENSOR_BYTES = 1024
 
 
 def serialise(model: ModelProto, file: str, limit: int = EXTERNAL_DATA_BYTES) -> dict[str, bytes]:
-    """Return the content of each file by name: `file`, and `file.data` beyond `limit` bytes."""
-    if model.ByteSize() <= limit:
+    """Return the content of each file by name: `file`; and `file.data` for weights beyond `limit`.
+
+    `limit` is in bytes. `model` stays as it is.
+    """
+    # Summed, because protobuf cannot even measure a message beyond 2 GiB.
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= limit:
         return {file: model.SerializeToString()}
-    model = ModelProto.FromString(model.SerializeToString()) if limit < 2**31 else model
+    whole, model = model, ModelProto()
+    model.CopyFrom(whole)
     data = bytearray()
     for tensor in model.graph.initializer:
         if len(tensor.raw_data) >= MIN_TENSOR_BYTES:

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from coat_deploy.errors import GraphError
+from coat_deploy.errors import CorruptArtifact, GraphError
 
 _BLOCK_END = re.compile(
     # The class token that joins at an embedding is a constant: nothing to compare.
@@ -15,11 +16,10 @@ _BLOCK_END = re.compile(
 def block_taps(path: Path) -> tuple[str, ...]:
     """Return the names of the tensors at the ends of the blocks of an ONNX file, in order.
 
-    Raises: GraphError for a graph whose names do not tell its blocks (a traced one).
+    Raises: GraphError for a graph whose names do not tell its blocks (a traced one),
+        CorruptArtifact for a file that is no whole ONNX model.
     """
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = _read(path, weights=False).graph
     names = [name for node in graph.node for name in node.output if _BLOCK_END.fullmatch(name)]
     if not names:
         raise GraphError(
@@ -30,12 +30,35 @@ def block_taps(path: Path) -> tuple[str, ...]:
 
 
 def expose(path: Path, taps: Sequence[str]) -> bytes:
-    """Return an ONNX file's model with the inner tensors `taps` as further outputs."""
+    """Return an ONNX file's model with the inner tensors `taps` as further outputs.
+
+    Raises: GraphError for a tensor that is not there, CorruptArtifact as `block_taps`.
+    """
     import onnx
 
-    model = onnx.load(path)
+    model = _read(path, weights=True)
+    known = {name for node in model.graph.node for name in node.output}
     for tap in taps:
+        if tap not in known:
+            raise GraphError(f"{path}: the graph has no inner tensor '{tap}'.")
         model.graph.output.append(
             onnx.helper.make_tensor_value_info(tap, onnx.TensorProto.FLOAT, None)
         )
-    return model.SerializeToString()
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _read(path: Path, weights: bool) -> Any:
+    """Return the model of an ONNX file, with or without what lies in a file beside it."""
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=weights)
+        reason = None if model.graph.node else "it holds no graph"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:  # protobuf's and onnx's errors share no base
+        reason = str(error)
+    if reason:
+        raise CorruptArtifact(f"{path}: not a whole ONNX model ({reason}). Export it again.")
+    return model

@@ -15,8 +15,8 @@ import torch
 from onnx import ModelProto
 
 from coat_deploy.errors import BackendMissing, GraphError
-from coat_deploy.graph.author import Floats
-from coat_deploy.graph.coat import GraphOptions
+from coat_deploy.graph.author import Floats, check_opset
+from coat_deploy.graph.coat import GraphOptions, check_size
 from coat_deploy.network.coat import CoaT, create_network
 from coat_deploy.runner import FEATURES, INPUT, LOGITS
 from coat_deploy.spec import ModelSpec
@@ -27,9 +27,12 @@ def trace_graph(
 ) -> ModelProto:
     """Return the traced graph of `spec` with `weights`; batch dynamic, H and W as in `options`.
 
-    Raises: BackendMissing without onnxscript, GraphError when the exporter fails.
+    Raises: BackendMissing without onnxscript; GraphError for a size or an opset that is not
+        supported, or when the exporter fails.
     """
+    check_opset(options.opset)
     network = _network(spec, weights, options.features)
+    check_size(network.variant, options.size)
     height, width = options.size or spec.preprocess.input_size
     example = torch.zeros(2, 3, height, width)
     dynamic: dict[int, Any] = {0: torch.export.Dim("batch")}

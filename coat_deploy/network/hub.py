@@ -43,8 +43,6 @@ def fetch_hub(repository: str, options: DownloadOptions) -> Download:
         digest, published = sha256_file(path), _published_digest(path)
         if published in (None, digest):
             return Download(path, url, digest)
-        if options.offline:
-            break
         log.warning("%s: damaged in the hub's cache; fetching it again", path)
     raise DownloadError(
         f"{repository}: damaged file {path} (got sha256 {digest}, expected {published}). "
@@ -58,23 +56,43 @@ def _download(
     """Call the hub's client; every failure becomes one line."""
     from huggingface_hub import hf_hub_download
 
+    failure = _unreachable_because(url, options)
     try:
         path = hf_hub_download(
             repository,
             HUB_FILE,
             endpoint=options.hub_endpoint,
             cache_dir=options.hub_cache_dir,
-            local_files_only=options.offline,
-            force_download=force,
-            etag_timeout=min(10.0, options.timeout_s),
+            local_files_only=failure is not None,
+            force_download=force and failure is None,
+            etag_timeout=_patience_s(options),
             tqdm_class=_progress_class(repository, options.progress),
         )
     # The client lets through what its HTTP library raises, and changed that library twice.
     except Exception as error:
-        if options.offline:
-            raise unreachable(url, placed, "offline") from error
-        raise unreachable(url, placed, _reason(error)) from error
+        raise unreachable(url, placed, failure or _reason(error)) from error
     return Path(path)
+
+
+def _unreachable_because(url: str, options: DownloadOptions) -> str | None:
+    """Return why the hub cannot be reached; None if it can.
+
+    Asked before the download, because that retries for half a minute before it gives up.
+    """
+    from huggingface_hub import get_hf_file_metadata
+
+    if options.offline:
+        return "offline"
+    try:
+        get_hf_file_metadata(url, timeout=_patience_s(options))
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _patience_s(options: DownloadOptions) -> float:
+    """Return how long to wait for an answer that holds no data."""
+    return min(10.0, options.timeout_s)
 
 
 def _published_digest(path: Path) -> str | None:

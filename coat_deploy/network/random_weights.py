@@ -19,7 +19,7 @@ from coat_deploy.runner import Array
 
 Shape = tuple[int, ...]
 
-_GAINS = (("cpe", 0.15), ("factoratt_crpe.proj", 0.7), ("fc2", 0.5), ("head", 2.0))
+_GAINS = (("cpe", 0.15), ("factoratt_crpe.proj", 0.5), ("fc2", 0.5), ("head", 2.0))
 """Standard deviation of a layer's output where that of its input is 1, by a part of the key.
 
 CPE is one convolution applied in every block of a scale: a larger gain lets a few channels grow
@@ -53,7 +53,7 @@ def _draw(key: str, shape: Shape, seed: int) -> Array:
     if name[-1].startswith("cls_token"):
         values = 0.25 * noise
     elif name[-1] == "bias":
-        values = 0.05 * noise
+        values = 0.1 * noise
     elif name[-2].startswith("norm"):
         values = 1 + 0.1 * noise
     elif name[-2] == "aggregate":

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import logging
 import subprocess
 import sys
@@ -346,3 +347,14 @@ def test_timms_own_state_fits(timm):
     state = timm.create_model("coat_lite_tiny").state_dict()
     tensors = {key: value.numpy() for key, value in state.items()}
     assert fit(tensors, spec_of("coat_lite_tiny", 1000)).keys() == tensors.keys()
+
+
+def test_timm_opens_what_is_written_strictly(tmp_path, timm):
+    spec = spec_of("coat_tiny", 5)
+    checkpoint = load_checkpoint("random:1", spec)
+    write(tmp_path, checkpoint.tensors, "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(spec.to_json()))
+    network = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    state = network.state_dict()
+    assert state.keys() == checkpoint.tensors.keys()
+    assert all(np.array_equal(state[k].numpy(), v) for k, v in checkpoint.tensors.items())
