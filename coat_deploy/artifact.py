@@ -1,12 +1,16 @@
 """An artifact: a file for a runtime, and where it came from; one entry of `manifest.json`."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from coat_deploy.errors import RepositoryError
-from coat_deploy.spec import Size, format_size
+from coat_deploy.spec import MAX_SIDE, Size, format_size
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,73 @@ class Artifact:
 
     @classmethod
     def from_json(cls, entry: Any, subject: str) -> "Artifact":
-        """Read a manifest's entry. Raises RepositoryError naming what is wrong with it."""
-        fields = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(entry, dict) or not set(entry) <= fields:
+        """Read a manifest's entry, which may be a stranger's.
+
+        Raises: RepositoryError naming what is wrong with it.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(entry, dict) or not set(entry) <= known:
             raise RepositoryError(
-                f"{subject}: an entry is not an artifact of this version. Export again."
+                f"{subject}: an entry is not an artifact of this version (got {entry!r:.100}). "
+                "Remove the file and export again."
             )
-        try:
-            size = entry["size"]
-            artifact = cls(**{**entry, "size": None if size is None else (size[0], size[1])})
-            ok = bool(artifact.files) and artifact.proof in artifact.files
-        except (TypeError, KeyError, IndexError):
-            ok = False
-        if not ok or any("/" in file or file.startswith(".") for file in artifact.files):
-            raise RepositoryError(f"{subject}: an entry is damaged (got {entry!r}). Export again.")
+        for key, holds in _FIELDS.items():
+            if key not in entry or not holds(entry[key]):
+                raise RepositoryError(
+                    f"{subject}: an artifact's '{key}' is damaged (got {entry.get(key)!r:.100}). "
+                    "Remove the file and export again."
+                )
+        artifact = cls(**{**entry, "size": tuple(entry["size"]) if entry["size"] else None})
+        if artifact.proof not in artifact.files or artifact.proof == artifact.file:
+            raise RepositoryError(
+                f"{subject}: artifact {artifact.name} has no proof among its files. "
+                "Remove the file and export again."
+            )
         return artifact
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_file_name(value: Any) -> bool:
+    """Return whether it is the plain name of a file: no folder, nothing hidden."""
+    return isinstance(value, str) and _FILE_NAME.fullmatch(value) is not None
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _is_size(value: Any) -> bool:
+    if not isinstance(value, list | tuple):
+        return value is None
+    return len(value) == 2 and all(type(v) is int and 0 < v <= MAX_SIDE for v in value)
+
+
+def _are_files(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(_is_file_name(name) and _is_sha256(digest) for name, digest in value.items())
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "name": _is_file_name,
+    "target": _is_text,
+    "precision": _is_text,
+    "form": _is_text,
+    "opset": lambda value: type(value) is int,
+    "size": _is_size,
+    "features": lambda value: isinstance(value, bool),
+    "files": _are_files,
+    "proof": _is_file_name,
+    "weights_sha256": _is_sha256,
+    "spec_digest": _is_sha256,
+    "created": _is_text,
+    "tools": lambda value: isinstance(value, dict),
+    "agreement": lambda value: isinstance(value, dict),
+}
+"""What every field of an entry must hold."""
 
 
 def artifact_name(

@@ -299,7 +299,9 @@ def examine_targets(states: Sequence[TargetState], machine: Machine) -> Iterator
             what = f"{torch} is built for CUDA; it works, but a CPU build is gigabytes smaller"
             yield Finding("note", "torch", what)
     if not any(state.usable for state in states):
-        yield Finding("problem", "targets", "none is usable: no model can run", _install("cpu"))
+        broken = (state.command for state in states if state.installed)
+        command = next(filter(None, broken), _install("cpu"))
+        yield Finding("problem", "targets", "none is usable: no model can run", command)
 
 
 def examine_folders(repository: Repository) -> Iterator[Finding]:

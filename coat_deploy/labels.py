@@ -5,6 +5,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from coat_deploy.errors import RunnerError
 from coat_deploy.runner import Array
 
 
@@ -19,8 +20,14 @@ def top_labels(logits: Array, labels: Sequence[str], count: int) -> list[ScoredL
     """Return the `count` likeliest of `labels` for the logits (K,) of one image, best first.
 
     Equal logits keep the order of the classes.
+    Raises: RunnerError for logits with NaN or infinity, which rank nothing.
     """
     assert logits.shape == (len(labels),)
+    if not np.isfinite(logits).all():
+        raise RunnerError(
+            "logits: hold NaN or infinity, so there is no first class. "
+            "Try a wider precision, or validate the artifact."
+        )
     shifted = logits.astype(np.float64) - logits.max()
     scores = np.exp(shifted) / np.exp(shifted).sum()
     best = np.argsort(-scores, kind="stable")[:count]

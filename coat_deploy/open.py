@@ -1,7 +1,9 @@
 """Open a model for use: find its artifact, refuse what is stale or broken, replay its proof."""
 
+import contextlib
 import functools
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +11,10 @@ from pathlib import Path
 from coat_deploy.artifact import Artifact
 from coat_deploy.backends.select import TARGETS, require
 from coat_deploy.digest import sha256_file
-from coat_deploy.errors import RepositoryError, UsageError, unknown_name
+from coat_deploy.errors import CorruptArtifact, RepositoryError, UsageError, unknown_name
 from coat_deploy.measure.agreement import Agreement
-from coat_deploy.measure.proof import Proof, replay
-from coat_deploy.repository import WEIGHTS, ArtifactQuery, Model
+from coat_deploy.measure.proof import MAX_BYTES, Proof, replay
+from coat_deploy.model import WEIGHTS, ArtifactQuery, Model
 from coat_deploy.runner import LoadOptions, Runner
 from coat_deploy.spec import Size
 
@@ -74,9 +76,11 @@ def find_source(model: Model, query: ArtifactQuery) -> Source:
     if query.target != EAGER:
         return Source(model, query.target, model.find(query))
     if not model.weights_path.is_file():
+        words = ["--models", str(model.folder.parent)]
+        words += [] if model.spec.weights else ["--weights", "SOURCE"]
         raise RepositoryError(
-            f"{model.folder}: no weights (expected {WEIGHTS} there). Put them there by exporting: "
-            f"coat-deploy export {model.name} --weights SOURCE --models {model.folder.parent}"
+            f"{model.folder}: no weights (expected {WEIGHTS} there). An export puts them there: "
+            f"{shlex.join(['coat-deploy', 'export', model.name, *words])}"
         )
     return Source(model, EAGER, None)
 
@@ -95,9 +99,11 @@ def open_source(source: Source, options: LoadOptions) -> Runner:
         return source.loader(options)()
     source.model.check_parents(source.artifact)
     source.model.check_files(source.artifact)
-    runner = source.loader(options)()
-    agreement = selftest(source.model, source.artifact, runner)
-    _log.info("%s: reproduces its proof (%s)", source.artifact.name, agreement.summary())
+    with contextlib.ExitStack() as stack:
+        runner = stack.enter_context(source.loader(options)())
+        agreement = selftest(source.model, source.artifact, runner)
+        _log.info("%s: reproduces its proof (%s)", source.artifact.name, agreement.summary())
+        stack.pop_all()  # it is the caller's now
     return runner
 
 
@@ -108,8 +114,12 @@ def selftest(model: Model, artifact: Artifact, runner: Runner) -> Agreement:
     """
     path = model.proof_path(artifact)
     try:
-        proof = Proof.from_bytes(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise RepositoryError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise CorruptArtifact(
+            f"{path}: cannot be read ({error.strerror}). Run: {model.export_command(artifact)}"
+        ) from error
+    proof = Proof.from_bytes(content, str(path))
     proof.matches(artifact.sha256, artifact.name)
     return replay(proof, runner, artifact.name)

@@ -8,7 +8,7 @@ top level: what is ours (`weights`, `label_set`) stays at the top.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,11 +20,18 @@ Size = tuple[int, int]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MODEL_ARGS = ("cpe", "crpe", "co_scale")
-"""Network switches that `model_args` of a config may set: see `network.coat.CoaT`."""
+MODEL_ARGS: Mapping[str, tuple[bool | str, ...]] = {
+    "cpe": (True, False),
+    "crpe": (True, False),
+    "co_scale": ("interpolation", "direct", "none"),
+}
+"""Network switches that `model_args` of a config may set, and to what: see `network.coat.CoaT`."""
 
 MAX_SIDE = 4096
 """Largest input side accepted from a config or a flag: a typing error, not an image, beyond it."""
+MAX_CLASSES = 1_000_000
+MAX_COLOUR = 1000.0
+"""Largest mean or std, in shares of white, and the inverse of the smallest std."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,14 @@ class WeightsRecord:
         """Return the record without what is not known."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value}
 
+    @classmethod
+    def from_json(cls, record: Any, subject: str) -> "WeightsRecord | None":
+        """Read a record, or nothing from None; `subject` names its file in errors.
+
+        Raises: SpecError.
+        """
+        return _Reader(subject).weights(record)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -78,6 +93,18 @@ class ModelSpec:
     label_set: str | None = None
     weights: WeightsRecord | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_classes(self, num_classes: int, label_names: Sequence[str] = ()) -> "ModelSpec":
+        """Return the spec of the same network with another classifier, with these names if any.
+
+        For another number of classes neither the old names nor the old weights are any use.
+        """
+        names = tuple(label_names)
+        if num_classes != self.num_classes:
+            return dataclasses.replace(
+                self, num_classes=num_classes, label_names=names, label_set=None, weights=None
+            )
+        return dataclasses.replace(self, label_names=names, label_set=None) if names else self
 
     def digest(self) -> str:
         """Return the SHA-256 of what an exported graph depends on; provenance is left out."""
@@ -134,92 +161,107 @@ class _Reader:
 
     def spec(self, document: Any) -> ModelSpec:
         if not isinstance(document, dict):
-            raise self.fail(f"not a JSON object (got {type(document).__name__}).")
+            raise self.fail(f"not a JSON object (got {document!r:.60}).")
         cfg = document.get("pretrained_cfg")
         if not isinstance(cfg, dict):
             raise self.fail("'pretrained_cfg' is missing or no object. Compare models/README.md.")
-        architecture = self.typed(document, "architecture", str)
-        num_classes = document.get("num_classes", cfg.get("num_classes"))
-        if not isinstance(num_classes, int) or not 0 <= num_classes <= 1_000_000:
-            raise self.fail(f"'num_classes' must be 0 to 1000000 (got {num_classes!r}).")
-        names = document.get("label_names", ())
-        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
-            raise self.fail("'label_names' must be a list of strings, one a class.")
-        if names and len(names) != num_classes:
-            raise self.fail(f"'label_names' has {len(names)} names for {num_classes} classes.")
-        args = document.get("model_args", {})
-        if not isinstance(args, dict):
-            raise self.fail(f"'model_args' must be an object (got {args!r}).")
-        for key in args:
-            if key not in MODEL_ARGS:
-                raise self.fail(unknown_name("network switch", key, MODEL_ARGS))
-        num_features = document.get("num_features", 0)
-        if not isinstance(num_features, int) or num_features < 0:
-            raise self.fail(f"'num_features' must be a count (got {num_features!r}).")
+        classes = document.get("num_classes", cfg.get("num_classes"))
+        num_classes = self.count("num_classes", classes, MAX_CLASSES)
         return ModelSpec(
-            architecture=architecture,
+            architecture=self.text(document, "architecture"),
             num_classes=num_classes,
-            num_features=num_features,
+            num_features=self.count("num_features", document.get("num_features", 0), MAX_CLASSES),
             preprocess=self.preprocess(cfg),
-            label_names=tuple(names),
-            label_set=document.get("label_set"),
+            label_names=self.label_names(document.get("label_names"), num_classes),
+            label_set=self.text(document, "label_set", required=False),
             weights=self.weights(document.get("weights")),
-            model_args=args,
+            model_args=self.model_args(document.get("model_args")),
         )
 
-    def typed(self, document: Mapping[str, Any], key: str, kind: type) -> Any:
-        if not isinstance(document.get(key), kind):
-            raise self.fail(f"'{key}' must be a {kind.__name__} (got {document.get(key)!r}).")
-        return document[key]
+    def text(self, document: Mapping[str, Any], key: str, required: bool = True) -> Any:
+        value = document.get(key)
+        if (value or required) and not (value and isinstance(value, str)):
+            raise self.fail(f"'{key}' must be a text (got {value!r:.60}).")
+        return value or None
+
+    def count(self, key: str, value: Any, most: int) -> int:
+        if type(value) is not int or not 0 <= value <= most:
+            raise self.fail(f"'{key}' must be 0 to {most} (got {value!r:.60}).")
+        return value
+
+    def label_names(self, names: Any, num_classes: int) -> tuple[str, ...]:
+        if not isinstance(names or [], list) or not all(isinstance(n, str) for n in names or ()):
+            raise self.fail("'label_names' must be a list of texts, one a class.")
+        if names and len(names) != num_classes:
+            raise self.fail(f"'label_names' has {len(names)} names for {num_classes} classes.")
+        return tuple(names or ())
+
+    def model_args(self, args: Any) -> dict[str, Any]:
+        if not isinstance(args or {}, dict):
+            raise self.fail(f"'model_args' must be an object (got {args!r:.60}).")
+        for key, value in (args or {}).items():
+            if key not in MODEL_ARGS:
+                raise self.fail(unknown_name("network switch in 'model_args'", key, MODEL_ARGS))
+            allowed = MODEL_ARGS[key]
+            if type(value) is not type(allowed[0]) or value not in allowed:
+                choices = ", ".join(json.dumps(choice) for choice in allowed)
+                raise self.fail(f"'model_args.{key}' must be one of {choices} (got {value!r:.60}).")
+        return dict(args or {})
 
     def preprocess(self, cfg: Mapping[str, Any]) -> Preprocess:
-        shape = cfg.get("input_size", (3, 224, 224))
-        if (
-            not isinstance(shape, list | tuple)
-            or len(shape) != 3
-            or shape[0] != 3
-            or not all(isinstance(s, int) and 0 < s <= MAX_SIDE for s in shape)
-        ):
-            raise self.fail(
-                f"'input_size' must be [3, height, width], sides up to {MAX_SIDE} (got {shape!r})."
-            )
         crop_pct = cfg.get("crop_pct", 0.875)
-        if not isinstance(crop_pct, int | float) or not 0.1 <= crop_pct <= 1:
-            raise self.fail(f"'crop_pct' must be between 0.1 and 1 (got {crop_pct!r}).")
+        if not _is_number(crop_pct) or not 0.1 <= crop_pct <= 1:
+            raise self.fail(f"'crop_pct' must be between 0.1 and 1 (got {crop_pct!r:.60}).")
         return Preprocess(
-            input_size=(shape[1], shape[2]),
-            mean=self.colour(cfg, "mean", IMAGENET_MEAN),
-            std=self.colour(cfg, "std", IMAGENET_STD),
+            input_size=self.input_size(cfg.get("input_size", (3, 224, 224))),
+            mean=self.colour(cfg, "mean", IMAGENET_MEAN, -MAX_COLOUR),
+            std=self.colour(cfg, "std", IMAGENET_STD, 1 / MAX_COLOUR),
             interpolation=self.choice(cfg, "interpolation", "bicubic", get_args(Interpolation)),
             crop_pct=float(crop_pct),
             crop_mode=self.choice(cfg, "crop_mode", "center", get_args(CropMode)),
         )
 
+    def input_size(self, shape: Any) -> Size:
+        sound = isinstance(shape, list | tuple) and len(shape) == 3 and shape[0] == 3
+        if not sound or not all(type(s) is int and 0 < s <= MAX_SIDE for s in shape):
+            raise self.fail(
+                f"'input_size' must be [3, height, width], sides up to {MAX_SIDE} "
+                f"(got {shape!r:.60})."
+            )
+        return (shape[1], shape[2])
+
     def colour(
-        self, cfg: Mapping[str, Any], key: str, default: tuple[float, float, float]
+        self,
+        cfg: Mapping[str, Any],
+        key: str,
+        default: tuple[float, float, float],
+        least: float,
     ) -> tuple[float, float, float]:
         value = cfg.get(key, default)
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) != 3
-            or not all(isinstance(v, int | float) for v in value)
-            or (key == "std" and min(value) <= 0)
-        ):
-            raise self.fail(f"'{key}' must be three numbers, 'std' above 0 (got {value!r}).")
+        sound = isinstance(value, list | tuple) and len(value) == 3
+        if not sound or not all(_is_number(v) and least <= v <= MAX_COLOUR for v in value):
+            raise self.fail(
+                f"'{key}' must be three numbers, {least:g} to {MAX_COLOUR:g} (got {value!r:.60})."
+            )
         return (float(value[0]), float(value[1]), float(value[2]))
 
     def choice(self, cfg: Mapping[str, Any], key: str, default: str, known: tuple[str, ...]) -> Any:
-        value = cfg.get(key, default) or default
+        value = cfg.get(key) or default
         if value not in known:
-            raise self.fail(unknown_name(key, str(value), known))
+            raise self.fail(unknown_name(f"'{key}'", str(value), known))
         return value
 
     def weights(self, record: Any) -> WeightsRecord | None:
         if record is None:
             return None
         if not isinstance(record, dict) or not isinstance(record.get("source"), str):
-            raise self.fail(f"'weights' must be an object with a 'source' (got {record!r}).")
-        return WeightsRecord(record["source"], record.get("url"), record.get("sha256"))
+            raise self.fail(f"'weights' must be an object with a 'source' (got {record!r:.60}).")
+        url, sha256 = (self.text(record, key, required=False) for key in ("url", "sha256"))
+        return WeightsRecord(record["source"], url, sha256)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def parse_size(text: str) -> Size:

@@ -30,9 +30,9 @@ def load(path: Path, options: LoadOptions) -> "EagerRunner":
     """
     import torch
 
+    from coat_deploy.model import Model
     from coat_deploy.network.coat import create_network
     from coat_deploy.network.weights import fit, read_safetensors
-    from coat_deploy.repository import Model
 
     model = Model(path)
     tensors = fit(read_safetensors(model.weights_path), model.spec)

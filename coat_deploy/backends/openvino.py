@@ -10,7 +10,15 @@ import numpy as np
 
 from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import CorruptArtifact, RunnerError, UsageError, unknown_name
-from coat_deploy.runner import Array, LoadOptions, Pixels, TensorSpec
+from coat_deploy.runner import (
+    FEATURES,
+    INPUT,
+    LOGITS,
+    Array,
+    LoadOptions,
+    Pixels,
+    TensorSpec,
+)
 
 _TYPES = {"fp32": "f32", "bf16": "bf16"}
 
@@ -43,6 +51,8 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
         model.add_outputs(list(options.taps))
     except RuntimeError as error:
         raise RunnerError(f"{path}: {_reason(error)}") from error
+    # Named now: compiling joins equal tensors, and an output then bears their names too.
+    names = tuple(_name(port, options.taps) for port in model.outputs)
     wanted = _TYPES[options.precision]
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": wanted,
@@ -61,7 +71,7 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
             f"(OpenVINO would use {computed}). Load it on one with AMX or AVX512-BF16, or use "
             "the fp32 artifact."
         )
-    return OpenVinoRunner(compiled, options.taps)
+    return OpenVinoRunner(compiled, names)
 
 
 def _read(path: Path) -> Any:
@@ -87,15 +97,18 @@ def _read(path: Path) -> Any:
 
 
 class OpenVinoRunner:
-    """Runs one request of a compiled model; inputs and outputs are in host memory."""
+    """Runs one request of a compiled model; inputs and outputs are in host memory.
+
+    `names` are those of the outputs, in order.
+    """
 
     target = "openvino"
 
-    def __init__(self, compiled: Any, taps: tuple[str, ...] = ()) -> None:
+    def __init__(self, compiled: Any, names: tuple[str, ...]) -> None:
         self._compiled = compiled
         self._request = compiled.create_infer_request()
-        self.inputs = tuple(_spec(port) for port in compiled.inputs)
-        self.outputs = tuple(_spec(port, taps) for port in compiled.outputs)
+        self.inputs = (_spec(compiled.inputs[0], INPUT),)
+        self.outputs = tuple(map(_spec, compiled.outputs, names))
 
     def __enter__(self) -> Self:
         return self
@@ -125,11 +138,15 @@ class OpenVinoRunner:
         return lambda: request.infer([pixels], share_inputs=True, share_outputs=True)
 
 
-def _spec(port: Any, taps: tuple[str, ...] = ()) -> TensorSpec:
-    shape = tuple("?" if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
-    # A tensor may have aliases; a tapped one is called as it was asked for.
+def _name(port: Any, taps: tuple[str, ...]) -> str:
+    """Return what we call an output; its tensor may have aliases."""
     names = port.get_names()
-    name = next((tap for tap in taps if tap in names), port.get_any_name())
+    known = (LOGITS, *FEATURES, *taps)
+    return next((name for name in known if name in names), port.get_any_name())
+
+
+def _spec(port: Any, name: str) -> TensorSpec:
+    shape = tuple("?" if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
     return TensorSpec(name, np.dtype(port.get_element_type().to_dtype()).name, shape)
 
 

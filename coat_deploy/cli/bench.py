@@ -4,55 +4,24 @@ import datetime
 import functools
 import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coat_deploy.cli import console
-from coat_deploy.errors import RepositoryError, UsageError
+from coat_deploy.cli.sizes import check_sizes
+from coat_deploy.cli.tables import render_table
+from coat_deploy.errors import CoatDeployError, RunnerError, UsageError, unknown_name
 from coat_deploy.spec import Size, format_size, parse_size
 
 if TYPE_CHECKING:
-    from coat_deploy.measure.bench import BenchReport, Contender
-    from coat_deploy.open import Source
-    from coat_deploy.repository import Model, Repository
+    from coat_deploy.measure.bench import BenchReport
+    from coat_deploy.measure.latency import Failure, Latency
+    from coat_deploy.model import Model
 
-COMPILE = "compile"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One of `--targets`: "openvino:bf16", "onnxruntime:traced", "eager:compile"."""
-
-    text: str
-    target: str
-    precision: str | None
-    form: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> "Entry":
-        """Read an entry. Raises UsageError for a word that is neither precision nor form."""
-        from coat_deploy.backends.select import PRECISIONS, TARGETS
-        from coat_deploy.errors import unknown_name
-        from coat_deploy.graph.form import FORM_NAMES
-
-        target, *words = text.split(":")
-        if target not in TARGETS:
-            raise UsageError(unknown_name("target", target, TARGETS))
-        forms = (COMPILE,) if target == "eager" else FORM_NAMES
-        precision = form = None
-        for word in words:
-            if word in PRECISIONS[target]:
-                precision = word
-            elif word in forms:
-                form = word
-            else:
-                known = (*PRECISIONS[target], *forms)
-                raise UsageError(unknown_name(f"precision or form of {target}", word, known))
-        return cls(text, target, precision, form)
+HOW_LONG, KEEP = "How long", "What to keep"
 
 
 def bench(
@@ -60,151 +29,153 @@ def bench(
     targets: Annotated[
         str,
         typer.Option(
-            help="What to compare: TARGET[:PRECISION][:FORM], separated by commas, as in "
-            "eager,eager:compile,onnxruntime,onnxruntime:traced,openvino:bf16."
+            metavar="LIST",
+            help="What to compare, separated by commas, each TARGET, TARGET:PRECISION, TARGET:FORM "
+            "or both: eager, eager:compile, onnxruntime, onnxruntime:traced, openvino:bf16.",
         ),
     ] = "eager,onnxruntime",
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    batch: Annotated[
+        str, typer.Option(metavar="N,N", help="Batch sizes, separated by commas.")
+    ] = "1",
     threads: Annotated[
-        str | None, typer.Option(help="Numbers of threads, separated by commas. Default: cores.")
+        str | None,
+        typer.Option(
+            metavar="N,N", help="Numbers of threads, separated by commas. Default: one a core."
+        ),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Image size. Default: the model's.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="SIDE or HEIGHTxWIDTH. Default: the model's own."),
+    ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Entry that ratios divide by. Default: the first.")
+        str | None,
+        typer.Option(metavar="NAME", help="The one that ratios divide by. Default: the first."),
     ] = None,
-    budget: Annotated[
-        float, typer.Option(min=0.1, help="Seconds a group of contenders may take.")
-    ] = 20.0,
-    stability: Annotated[
-        float, typer.Option(min=0.0, help="Stop when every median is known to +- this share.")
-    ] = 0.02,
-    seed: Annotated[int, typer.Option(help="Of the order within rounds.")] = 0,
-    record: Annotated[
-        Path | None, typer.Option(help="Append the results to this file, as JSON lines.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the results to this .png or .svg file.")
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Weights for a model whose folder has none yet, as for export: timm, official, "
+            "a file, random. Speed does not depend on them.",
+        ),
     ] = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
+    budget: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            metavar="S",
+            rich_help_panel=HOW_LONG,
+            help="Seconds of measuring for all contenders of a batch size and thread count.",
+        ),
+    ] = 20.0,
+    stability: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="X",
+            rich_help_panel=HOW_LONG,
+            help="Stop earlier, when every median is known to within this share of it.",
+        ),
+    ] = 0.02,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", rich_help_panel=HOW_LONG, help="Of the order in rounds."),
+    ] = 0,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=KEEP, help="Append the results, as JSON lines."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=KEEP, help="Draw them to a .png or .svg."),
+    ] = None,
 ) -> None:
-    """Measure latency, throughput, memory and start, all contenders interleaved in one run.
+    """Measure speed, start and memory of targets side by side.
 
-    Every contender has a process of its own, and only one works at a time. An artifact that is
-    not there yet is exported first. Ratios are of medians, above 1 is faster than the baseline.
+    Contenders take turns in one run, so that what slows the machine slows all of them; each has
+    a process of its own, and only one works at a time. An artifact that is not there yet is
+    exported first, and every proof is replayed. Ratios are of medians: above 1 is faster than the
+    baseline. Exit status 1 when a contender could not be measured.
     """
+    from coat_deploy.cli.contenders import line_up, read_entries
     from coat_deploy.measure.bench import BenchOptions
     from coat_deploy.measure.bench import bench as run
     from coat_deploy.repository import Repository
 
-    entries = [Entry.parse(text) for text in console.comma_separated(targets, "targets")]
+    entries = read_entries(targets)
+    names = [entry.text for entry in entries]
+    if baseline is not None and baseline not in names:
+        raise UsageError(unknown_name("baseline", baseline, names))
+    batches = console.counts(batch, "batch")
+    counts = console.counts(threads, "threads", 1024) if threads else [None]
+    check_files(record, plot)
     repository = Repository.open(models)
     opened = repository.find(model)
     wanted = parse_size(size) if size else opened.spec.preprocess.input_size
-    opened, sources = prepare(repository, opened, entries, wanted)
-    agreements = check(sources)
-    contenders = list(
-        line_up(
-            entries,
-            sources,
-            wanted,
-            console.counts(batch, "batch"),
-            list(console.counts(threads, "threads", 1024)) if threads else [None],
-        )
-    )
-    options = BenchOptions(
-        budget_s=budget, stability=stability, baseline=baseline or entries[0].text, seed=seed
-    )
+    check_sizes([wanted], opened.spec)
     with console.steps(f"measuring {model}") as tell:
-        pixels = functools.partial(probe_pixels, opened)
-        report = run(contenders, pixels, options, lambda what, done: tell(f"{what} {done:.0%}"))
+        tell("replaying proofs")
+        lineup = line_up(repository, opened, entries, wanted, weights)
+        if not lineup.sources:
+            raise RunnerError("; ".join(f"{n}: {why}" for n, why in lineup.failed.items()))
+        against = baseline or names[0]
+        options = BenchOptions(
+            budget_s=budget,
+            stability=stability,
+            baseline=against if against in lineup.sources else None,
+            seed=seed,
+        )
+        opened = lineup.model
+        report = run(
+            list(lineup.contenders(entries, batches, counts)),
+            functools.partial(probe_pixels, opened),
+            options,
+            lambda what, done: tell(f"{what} {done:.0%}"),
+        )
+    failures = [*lineup.failures(entries, batches, counts), *report.failures]
     document = report.to_json() | {"model": opened.name}
+    document["failures"] = [failure.to_json() for failure in failures]
     for result in document["results"]:
-        result["agreement"] = agreements.get(result["name"])
+        result["agreement"] = lineup.agreements.get(result["name"])
     if as_json:
         console.print_json(document)
     else:
-        show(opened.name, report)
+        console.emit(render(opened.name, report))
     if record:
         write_record(record, report, opened)
     if plot:
         from coat_deploy.measure.plot import plot as draw
 
         draw(report.results, plot, machine=report.machine, title=opened.name)
+    tell_failures(failures)
 
 
-def prepare(
-    repository: "Repository", model: "Model", entries: list[Entry], size: Size
-) -> tuple["Model", dict[str, "Source"]]:
-    """Return the model and what to open for every entry, after exporting what is missing."""
-    from coat_deploy.export import ExportOptions, export
-    from coat_deploy.open import find_source
-    from coat_deploy.repository import ArtifactQuery
+def check_files(record: Path | None, plot: Path | None) -> None:
+    """Raise before anything is measured where the results could not be kept."""
+    for path in filter(None, (record, plot)):
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: its folder does not exist. Make it first.")
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder. Name a file in it.")
+    if plot:
+        import importlib.util
 
-    # Eager needs weights in a folder: an export puts them there, so artifacts come first.
-    for entry in sorted(entries, key=lambda entry: entry.target == "eager"):
-        query = ArtifactQuery(entry.target, entry.precision, size, entry.form)
-        if entry.target == "eager":
-            continue
-        try:
-            find_source(model, query)
-        except RepositoryError:
-            console.note(f"{entry.text}: not exported yet; exporting it")
-            fixed = None if size == model.spec.preprocess.input_size else size
-            options = ExportOptions(
-                entry.target, entry.precision, entry.form or "authored", size=fixed
+        from coat_deploy.errors import BackendMissing
+        from coat_deploy.measure.plot import SUFFIXES
+
+        if plot.suffix.lower() not in SUFFIXES:
+            raise UsageError(
+                f"{plot}: not a kind of picture we draw (got '{plot.suffix}', expected "
+                f"{' or '.join(SUFFIXES)}). Name it for example latency.svg."
             )
-            model = export(repository, model.name, options).model
-    sources = {}
-    for entry in entries:
-        form = None if entry.target == "eager" else entry.form
-        query = ArtifactQuery(entry.target, entry.precision, size, form)
-        sources[entry.text] = find_source(model, query)
-    return model, sources
-
-
-def check(sources: dict[str, "Source"]) -> dict[str, dict[str, Any]]:
-    """Replay the proof of every artifact before it is measured; return its agreement."""
-    from coat_deploy.open import open_source, selftest
-    from coat_deploy.runner import LoadOptions
-
-    agreements = {}
-    for name, source in sources.items():
-        if source.artifact:
-            with open_source(source, LoadOptions()) as runner:
-                agreement = selftest(source.model, source.artifact, runner)
-            agreements[name] = agreement.to_json()
-    return agreements
-
-
-def line_up(
-    entries: list[Entry],
-    sources: dict[str, "Source"],
-    size: Size,
-    batches: list[int],
-    threads: list[int | None],
-) -> Iterator["Contender"]:
-    """Yield every entry at every batch size and number of threads."""
-    from coat_deploy.measure.bench import Contender
-    from coat_deploy.runner import LoadOptions
-
-    for count in threads:
-        for batch in batches:
-            for entry in entries:
-                source = sources[entry.text]
-                compiled = entry.form == COMPILE
-                yield Contender(
-                    name=entry.text,
-                    target=entry.target,
-                    precision=source.precision,
-                    form=COMPILE if compiled else source.form,
-                    batch=batch,
-                    size=size,
-                    threads=count,
-                    load=source.loader(LoadOptions(threads=count, compile=compiled)),
-                    file=source.path if source.artifact else source.model.weights_path,
-                    sha256=source.sha256,
-                )
+        if importlib.util.find_spec("matplotlib") is None:
+            raise BackendMissing(
+                '--plot: matplotlib is not installed. Run: pip install "coat-deploy[plot]"'
+            )
 
 
 def probe_pixels(model: "Model", batch: int, size: Size) -> Any:
@@ -216,39 +187,56 @@ def probe_pixels(model: "Model", batch: int, size: Size) -> Any:
     return normalise(probe_images(size, batch), how.mean, how.std)
 
 
-def show(model: str, report: "BenchReport") -> None:
-    """Print the table of results and what failed."""
-    for batch, size, threads in dict.fromkeys((r.batch, r.size, r.threads) for r in report.results):
-        rows = [
-            (
-                r.name,
-                r.precision,
-                r.form,
-                r.p50_ms,
-                r.p90_ms,
-                r.p99_ms,
-                r.images_per_second,
-                f"{r.ratio:.2f}x" if r.ratio else "-",
-                "{:.2f}-{:.2f}".format(*r.ratio_interval) if r.ratio_interval else "-",
-                r.peak_memory_mib,
-                r.load_ms.cold,
-                r.first_run_ms.cold,
-                r.stopped,
-            )
-            for r in report.results
-            if (r.batch, r.size, r.threads) == (batch, size, threads)
-        ]
-        columns = (
-            "target", "precision", "form", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio",
-            "95% interval", "peak MiB", "load ms", "first ms", "stopped",
-        )  # fmt: skip
-        count = f", {threads} threads" if threads else ""
-        title = f"{model}, batch {batch}, {format_size(size)}{count}"
-        console.print_table(columns, rows, title)
-        print()
-    for failure in report.failures:
-        console.note(f"{failure.name}: failed: {failure.error}")
-    print(report.machine.summary())
+def render(model: str, report: "BenchReport") -> str:
+    """Return a table of speed a group of contenders, and one of start and memory."""
+    groups: dict[tuple[int, Size, int | None], list[Latency]] = {}
+    for result in report.results:
+        groups.setdefault((result.batch, result.size, result.threads), []).append(result)
+    parts = [_speed(model, results) for results in groups.values()]
+    parts.append(_start_and_memory(report.results))
+    parts.append(f"{report.machine.summary()}\n")
+    return "\n".join(parts)
+
+
+def _speed(model: str, results: "Sequence[Latency]") -> str:
+    first = results[0]
+    threads = f", {first.threads} thread{'s'[: first.threads != 1]}" if first.threads else ""
+    ended = {
+        "stable": f"stable after {first.rounds} rounds",
+        "budget": f"ended by --budget after {first.rounds} rounds",
+    }
+    title = f"{model}, batch {first.batch}, {format_size(first.size)}{threads}"
+    rows = [
+        (
+            *(r.name, r.p50_ms, r.p90_ms, r.p99_ms, r.images_per_second),
+            f"{r.ratio:.2f}x" if r.ratio else "-",
+            "baseline" if r.name == r.baseline else _interval(r.ratio_interval),
+        )
+        for r in results
+    ]
+    columns = ("", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio", "95% interval")
+    return render_table(columns, rows, f"{title}: {ended[first.stopped]}")
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
+
+
+def _start_and_memory(results: "Sequence[Latency]") -> str:
+    batches = len({result.batch for result in results}) > 1
+    threads = len({result.threads for result in results}) > 1
+    rows = [
+        (
+            *(r.name, *([r.batch] if batches else []), *([r.threads] if threads else [])),
+            *(f"{r.precision} {r.form}", r.peak_memory_mib and round(r.peak_memory_mib)),
+            *(f"{r.load_ms.cold:.0f} / {r.load_ms.warm:.0f}",),
+            f"{r.first_run_ms.cold:.0f} / {r.first_run_ms.warm:.0f}",
+        )
+        for r in results
+    ]
+    columns = ("", *(["batch"] if batches else []), *(["threads"] if threads else []), "what")
+    columns += ("peak MiB", "load ms", "first run ms")
+    return render_table(columns, rows, "Memory, and start: cold / warm")
 
 
 def write_record(path: Path, report: "BenchReport", model: "Model") -> None:
@@ -259,8 +247,21 @@ def write_record(path: Path, report: "BenchReport", model: "Model") -> None:
     lines = record_lines(
         report.results,
         report.machine,
-        command=shlex.join(["coat-deploy", *sys.argv[1:]]),
+        command=shlex.join([console.NAME, *sys.argv[1:]]),
         date=datetime.datetime.now(datetime.UTC),
         context={"model": model.name, "weights_sha256": sha256_file(model.weights_path)},
     )
     append_records(path, lines)
+
+
+def tell_failures(failures: "Sequence[Failure]") -> None:
+    """Tell what could not be measured. Raises CoatDeployError when anything was not."""
+    if not failures:
+        return
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for failure in failures:
+        reasons.setdefault((failure.name, failure.error), []).append(str(failure.batch))
+    for (name, error), batches in reasons.items():
+        console.note(f"{name}, batch {','.join(dict.fromkeys(batches))}: {error}")
+    names = ", ".join(dict.fromkeys(failure.name for failure in failures))
+    raise CoatDeployError(f"bench: could not be measured: {names}. The others are above.")

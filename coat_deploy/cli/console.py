@@ -8,33 +8,62 @@ import contextlib
 import functools
 import json
 import logging
+import os
+import shutil
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
-from coat_deploy.errors import CoatDeployError, UsageError
+from coat_deploy.cli.tables import render_table
+from coat_deploy.errors import CoatDeployError, RunnerError, UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-INTERRUPTED = 130
+NAME = "coat-deploy"
+INTERRUPTED = 128 + signal.SIGINT
+_ENDING = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+"""Signals that ask us to end; Ctrl-C is Python's own affair."""
+
+settings = {"debug": False}
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal asks us to end; an exception, so that what is open is cleaned up on the way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def complete_model(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of models that begin with `incomplete`, for the shell to offer."""
+    from coat_deploy.repository import Repository
+
+    models = context.params.get("models")
+    known = Repository.open(Path(models) if models else None).models()
+    return [model.name for model in known if model.name.startswith(incomplete)]
+
+
+def _thread_count(count: int | None) -> int | None:
+    if count is not None and not 1 <= count <= 1024:
+        raise typer.BadParameter(f"must be 1 to 1024 (got {count}).")
+    return count
+
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Name of a model, or the path of its folder.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        autocompletion=complete_model,
+        help="Name of a model, or the path of its folder (with a slash in it).",
+    ),
 ]
 ModelsOption = Annotated[
     Path | None,
@@ -45,13 +74,24 @@ ModelsOption = Annotated[
         "Then $COAT_MODELS, ./models and the published configs.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout.")
+]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option("--threads", min=1, max=1024, help="Compute threads; default: one a core."),
+    typer.Option(
+        "--threads",
+        metavar="N",
+        callback=_thread_count,
+        help="Compute threads. Default: one a core.",
+    ),
 ]
-
-settings = {"debug": False}
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict", metavar="", help="Exit 1 if an image cannot be read, not only tell it."
+    ),
+]
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
@@ -59,96 +99,121 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        signal.signal(signal.SIGTERM, _terminate)
-        try:
-            return command(*args, **kwargs)
-        except CoatDeployError as error:
-            if settings["debug"]:
-                raise
-            fail(str(error), error.exit_status)
-        except KeyboardInterrupt:
-            fail("interrupted; nothing was left half done.", INTERRUPTED)
-        except BrokenPipeError:
-            # Whoever read our output has enough; Python would complain once more at exit.
-            sys.stderr.close()
-            raise typer.Exit(0) from None
-        except MemoryError:
-            fail("out of memory. Use a smaller --batch or --size.", 1)
+        with _ended_by_signals():
+            try:
+                return command(*args, **kwargs)
+            except CoatDeployError as error:
+                if settings["debug"]:
+                    traceback.print_exc()
+                fail(str(error), error.exit_status)
+            except Terminated as error:
+                fail("terminated; nothing was left half done.", 128 + error.number)
+            except KeyboardInterrupt:
+                fail("interrupted; nothing was left half done.", INTERRUPTED)
+            except BrokenPipeError:
+                _silence(sys.stdout)  # whoever read our output has enough
+                raise typer.Exit(0) from None
+            except MemoryError:
+                fail("out of memory. Use a smaller --batch or --size.", 1)
 
     return run
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals that ask us to end raise `Terminated`; one that is ignored (nohup) stays so."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise Terminated(number)
+
+    before = {s: signal.getsignal(s) for s in _ENDING if signal.getsignal(s) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def fail(message: str, status: int) -> NoReturn:
     """Print one line on stderr and exit."""
-    print(f"coat-deploy: {message}", file=sys.stderr)
+    note(f"{NAME}: {' '.join(message.split())}")
     raise typer.Exit(status)
-
-
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    """Leave by an exception, so that what is open is cleaned up."""
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def note(message: str) -> None:
     """Tell the user something that is not the result, on stderr."""
-    print(message, file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr, flush=True)
+
+
+def hint(message: str) -> None:
+    """Suggest the next step, on stderr, to a person: not in logs."""
+    if sys.stderr.isatty():
+        note(f"\n{message}")
+
+
+def emit(text: str) -> None:
+    """Write results to stdout, at once.
+
+    When nobody reads them (`| head -1`) the work goes on all the same, and the exit status says
+    what it came to. Raises: RunnerError when they cannot be written, on a full disk.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence(sys.stdout)
+    except OSError as error:
+        _silence(sys.stdout)
+        raise RunnerError(f"stdout: cannot be written ({error.strerror}).") from None
+
+
+def _silence(stream: Any) -> None:
+    """Point a stream that failed at nothing, so that Python does not fail over it at exit."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print the one object of `--json`; not-a-number has no place in JSON."""
-    print(json.dumps(document, indent=2, allow_nan=False))
+    emit(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-    """Print a table on stdout; columns after the first are right-aligned when they hold numbers."""
-    print(render_table(columns, rows, title), end="")
+    """Print a table on stdout; on a terminal a long last column is folded."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    emit(render_table(columns, rows, title, width))
 
 
-def render_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> str:
-    """Return a table as text, as wide as it needs to be."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=None)
-    for i, column in enumerate(columns):
-        cells = [row[i] for row in rows]
-        numeric = all(cell is None or isinstance(cell, int | float) for cell in cells)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(format_cell(cell) for cell in row))
-    console = Console(width=max(40, _width(table)), file=sys.stdout, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    return "\n".join(lines) + "\n"
-
-
-def _width(table: Table) -> int:
-    return Console(width=400).measure(table).maximum
-
-
-def format_cell(cell: object) -> str:
-    """Return a cell as a person reads it: four significant digits, blank for nothing."""
-    if cell is None:
-        return "-"
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
-    if isinstance(cell, float):
-        return f"{cell:.3g}" if 0 < abs(cell) < 0.01 else f"{cell:.4g}"
-    return str(cell)
+def styled(text: str, colour: str) -> str:
+    """Return `text` bold and coloured where stdout is a terminal that wants colours."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or not sys.stdout.isatty():
+        return text
+    return typer.style(text, fg=colour, bold=True)
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr while the body runs; call the value with each amount done."""
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    with progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
+    ) as bar:
         task = bar.add_task(title, total=total)
         yield lambda amount: bar.update(task, advance=amount)
 
@@ -159,8 +224,11 @@ def steps(title: str) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield lambda step: None
         return
-    with Console(stderr=True).status(title) as status:
-        yield lambda step: status.update(f"{title}: {step}")
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(title)) as status:
+        yield lambda step: status.update(escape(f"{title}: {step}"))
 
 
 def comma_separated(text: str, what: str) -> list[str]:
@@ -175,8 +243,11 @@ def counts(text: str, what: str, largest: int = 65536) -> list[int]:
     """Return the numbers of "1,8", each 1 to `largest`. Raises UsageError."""
     numbers = []
     for part in comma_separated(text, what):
-        if not part.isdecimal() or not 1 <= int(part) <= largest:
-            raise UsageError(f"--{what}: must be 1 to {largest} (got {part!r}).")
+        # Unicode has more decimals than ours, and very long numbers take very long.
+        if not (part.isascii() and part.isdigit() and len(part) < 10):
+            raise UsageError(f"--{what}: must be whole numbers, 1 to {largest} (got {part!r}).")
+        if not 1 <= int(part) <= largest:
+            raise UsageError(f"--{what}: must be 1 to {largest} (got {part}).")
         numbers.append(int(part))
     return list(dict.fromkeys(numbers))
 
@@ -187,3 +258,5 @@ def configure(debug: bool, verbose: bool) -> None:
     level = logging.INFO if verbose or debug else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("coat_deploy").setLevel(level)
+    # Pillow warns in Python's way of torn EXIF blocks and the like; the pixels are sound.
+    warnings.filterwarnings("ignore", module=r"PIL\.")

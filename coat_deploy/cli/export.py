@@ -1,91 +1,148 @@
 """`coat-deploy export`."""
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coat_deploy.cli import console
+from coat_deploy.cli.sizes import check_sizes, read_size
+from coat_deploy.cli.tables import format_share, render_facts
 from coat_deploy.errors import UsageError
-from coat_deploy.spec import Size, parse_size
+
+if TYPE_CHECKING:
+    from coat_deploy.export import Exported
+    from coat_deploy.measure.agreement import Bar
+
+GRAPH, CHECKS, CLASSES = "The graph", "Its validation", "Another classifier than the config's"
 
 
 def export(
     model: console.ModelArgument,
     target: Annotated[
-        str, typer.Option(help="Runtime to export for: onnxruntime or openvino.")
+        str, typer.Option(metavar="NAME", help="Runtime to export for: onnxruntime or openvino.")
     ] = "onnxruntime",
     precision: Annotated[
-        str | None, typer.Option(help="fp32; for openvino also bf16. Default: fp32.")
+        str | None,
+        typer.Option(metavar="NAME", help="fp32; for openvino also bf16. Default: fp32."),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            help="random[:SEED], a .safetensors or .pth file, timm, or official. "
-            "Default: those in the model's folder, else where its config points to."
+            metavar="SOURCE",
+            help="timm, official, a .safetensors or .pth file, random or random:SEED. "
+            "Default: those in the model's folder, else where its config points to.",
         ),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Image size: SIDE, HEIGHTxWIDTH, or dynamic. Default: the model's."),
+        typer.Option(
+            metavar="SIZE", help="SIDE, HEIGHTxWIDTH, or dynamic. Default: the model's own."
+        ),
     ] = None,
-    form: Annotated[
-        str, typer.Option(help="authored: our graph; traced: PyTorch's exporter.")
-    ] = "authored",
-    features: Annotated[
-        bool, typer.Option("--features", help="Output the feature maps x1..x4, not logits.")
-    ] = False,
-    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(help="Photographs (files, folders) to validate on. Default: synthetic ones."),
-    ] = None,
-    validate: Annotated[
-        bool, typer.Option("--validate/--no-validate", help="Hold the artifact against PyTorch.")
-    ] = True,
-    max_abs_difference: Annotated[
-        float | None, typer.Option(help="Bar: largest |delta logit|. Default: by precision.")
-    ] = None,
-    min_top1_agreement: Annotated[
-        float | None, typer.Option(help="Bar: least share of equal top-1 classes, 0 to 1.")
-    ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Classes of the checkpoint, if not the config's.")
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Text file with one class name a line.")
-    ] = None,
-    replace_head: Annotated[
-        bool,
-        typer.Option("--replace-head", help="Take all but the classifier from the checkpoint."),
-    ] = False,
     rename: Annotated[
-        str | None, typer.Option("--as", help="Name of the model folder that is written.")
+        str | None,
+        typer.Option("--as", metavar="NAME", help="Write a model folder of another name."),
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use cached downloads only.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", metavar="", help="Use cached downloads only.")
+    ] = False,
     threads: console.ThreadsOption = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
+    form: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=GRAPH,
+            help="authored: ours; traced: what PyTorch's exporter makes, to compare with.",
+        ),
+    ] = "authored",
+    features: Annotated[
+        bool,
+        typer.Option(
+            "--features",
+            metavar="",
+            rich_help_panel=GRAPH,
+            help="Output the feature maps x1, x2, x3, x4 instead of logits.",
+        ),
+    ] = False,
+    opset: Annotated[
+        int,
+        typer.Option(metavar="N", rich_help_panel=GRAPH, help="ONNX operator set, 18 to 23."),
+    ] = 20,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            rich_help_panel=CHECKS,
+            help="Photographs to validate on, a file or a folder; may be repeated. "
+            "Default: synthetic images.",
+        ),
+    ] = None,
+    no_validate: Annotated[
+        bool,
+        typer.Option(
+            "--no-validate",
+            metavar="",
+            rich_help_panel=CHECKS,
+            help="Leave it at replaying the proof: two images, without classes.",
+        ),
+    ] = False,
+    max_abs_difference: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            rich_help_panel=CHECKS,
+            help="Bar: largest |delta logit|. Default: by precision.",
+        ),
+    ] = None,
+    min_top1_agreement: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            rich_help_panel=CHECKS,
+            help="Bar: least share of equal top-1 classes, 0 to 1.",
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", rich_help_panel=CLASSES, help="Classes of the checkpoint."
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=CLASSES, help="Text file with one class name a line."
+        ),
+    ] = None,
+    replace_head: Annotated[
+        bool,
+        typer.Option(
+            "--replace-head",
+            metavar="",
+            rich_help_panel=CLASSES,
+            help="Take all but the classifier from the checkpoint; the new one is random.",
+        ),
+    ] = False,
 ) -> None:
-    """Export a model: weights to graph to proven artifact.
+    """Turn a model's weights into an artifact, proven equal to PyTorch.
 
-    Writes MODELS/MODEL/1/<target>-<precision>.onnx, the weights and a manifest with where
-    everything came from. The artifact is held against PyTorch first; one that does not agree is
-    not written, and what was there stays (exit status 3).
+    Writes MODELS/MODEL/1/TARGET-PRECISION.onnx, its proof, the weights and a manifest that says
+    where everything came from. The artifact is held against PyTorch first: one that does not
+    agree is not written, what was there stays, and the exit status is 3.
     """
     from coat_deploy.cli.inputs import load_batches
     from coat_deploy.export import ExportOptions
     from coat_deploy.export import export as run
-    from coat_deploy.measure.agreement import get_bar
     from coat_deploy.network.weights import WeightsOptions
     from coat_deploy.repository import Repository
 
-    bar = None
-    if max_abs_difference is not None or min_top1_agreement is not None:
-        given = {"max_abs_difference": max_abs_difference, "min_top1_agreement": min_top1_agreement}
-        limits = {name: value for name, value in given.items() if value is not None}
-        bar = get_bar(precision or "fp32").override(**limits)
+    repository = Repository.open(models)
     fixed, dynamic = read_size(size)
+    check_sizes([fixed] if fixed else [], repository.find(model).spec)
     with console.steps(f"exporting {model}") as tell:
         options = ExportOptions(
             target=target,
@@ -99,48 +156,71 @@ def export(
             rename=rename,
             num_classes=num_classes,
             labels=read_lines(labels) if labels else (),
-            validate=validate,
-            bar=bar,
+            validate=not no_validate,
+            bar=read_bar(precision, max_abs_difference, min_top1_agreement),
             threads=threads,
             loading=WeightsOptions(
                 replace_head=replace_head,
                 offline=offline,
-                progress=lambda file, done, total: tell(f"{file} {done / 2**20:.1f} MiB"),
+                progress=lambda file, done, total: tell(describe_download(file, done, total)),
             ),
         )
         batches = load_batches(images) if images else None
-        exported = run(Repository.open(models), model, options, batches, tell)
+        exported = run(repository, model, options, batches, tell)
     if as_json:
         console.print_json(exported.to_json())
-        return
-    agreement = exported.artifact.agreement
-    rows: list[tuple[str, object]] = [
-        ("artifact", exported.path),
-        ("size", f"{exported.path.stat().st_size / 2**20:.1f} MiB"),
-        ("sha256", exported.artifact.sha256),
-    ]
-    if agreement:
-        rows += [
-            ("validated on", f"{agreement['images']} {agreement['source']} images"),
-            ("max |delta|", agreement["max_abs_difference"]),
-            ("top-1 agreement", agreement["top1_agreement"]),
-        ]
-    console.print_table(("", model), rows)
+    else:
+        console.emit(render(exported))
+        folder = str(exported.model.folder)
+        next_step = ["coat-deploy", "validate", folder if "/" in folder else f"./{folder}"]
+        flags = [] if target == "onnxruntime" else ["--target", target]
+        console.hint(f"Next: {shlex.join([*next_step, *flags])} --images FOLDER")
 
 
-def read_size(text: str | None) -> tuple[Size | None, bool]:
-    """Return the fixed size, if given, and whether the size is dynamic."""
-    if text is None:
-        return None, False
-    if text.lower() == "dynamic":
-        return None, True
-    return parse_size(text), False
+def read_bar(
+    precision: str | None, max_abs_difference: float | None, min_top1_agreement: float | None
+) -> "Bar | None":
+    """Return the precision's bar with the limits given, None without any."""
+    from coat_deploy.measure.agreement import BARS
+
+    given = {"max_abs_difference": max_abs_difference, "min_top1_agreement": min_top1_agreement}
+    limits = {name: value for name, value in given.items() if value is not None}
+    # A precision that cannot be is told by the export, which knows the target's.
+    return BARS.get(precision or "fp32", BARS["fp32"]).override(**limits) if limits else None
 
 
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file that are not blank. Raises UsageError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as text ({error}).") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def describe_download(file: str, done: int, total: int | None) -> str:
+    """Return how far a download is, in MiB."""
+    of = f" of {total / 2**20:.1f}" if total else ""
+    return f"{file} {done / 2**20:.1f}{of} MiB"
+
+
+def render(exported: "Exported") -> str:
+    """Return what was made and how well it agrees."""
+    artifact, agreement = exported.artifact, exported.artifact.agreement
+    verdict = "not validated, its proof alone was replayed"
+    if agreement:
+        verdict = f"on {agreement['images']} {agreement['source']}"
+        verdict += "" if agreement["source"] == "images" else " images"
+    facts: list[tuple[str, object]] = [
+        ("artifact", exported.path),
+        ("bytes", f"{exported.path.stat().st_size / 2**20:.1f} MiB"),
+        ("sha256", artifact.sha256),
+        ("agrees with PyTorch", verdict),
+    ]
+    if agreement:
+        facts.append(("max |delta|", agreement["max_abs_difference"]))
+        if agreement["top1_agreement"] is not None:
+            facts.append(("top-1 agreement", format_share(agreement["top1_agreement"])))
+    return f"{exported.model.name}: {artifact.name}\n\n{render_facts(facts)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from coat_deploy.cli import console
-from coat_deploy.errors import ImageError, UsageError
+from coat_deploy.errors import ImageError
 from coat_deploy.image_files import LabelledImage, find_labelled_images
 from coat_deploy.images import load
 from coat_deploy.measure.validate import Batch, batch_sizes_in_turn
@@ -29,12 +29,16 @@ class Images:
     broken: dict[Path, str] = field(default_factory=dict)
 
     def batches(self, how: Preprocess) -> Iterator[Batch]:
-        """Yield the images that can be read in batches of the given sizes in turn."""
+        """Yield every image that can be read, once, in batches of the given sizes in turn.
+
+        Raises: ImageError when none can be read.
+        """
         readable = self._readable(how)
         for part in batch_sizes_in_turn(len(self.found), self.batch_sizes):
             taken = list(itertools.islice(readable, len(part)))
             if taken:
                 yield self._batch(taken)
+        self._check()
 
     def _readable(self, how: Preprocess) -> Iterator[tuple[LabelledImage, Array]]:
         for image in self.found:
@@ -54,26 +58,34 @@ class Images:
             None if not self.classes or min(labels) < 0 else tuple(labels),
         )
 
+    def _check(self) -> None:
+        if len(self.broken) == len(self.found):
+            raise ImageError(
+                f"none of the {len(self.found)} images can be read. Give others, or mend them."
+            )
+
     def first(self, how: Preprocess, count: int = 2) -> Pixels:
         """Return the first few images that can be read, (B, 3, H, W). Raises ImageError."""
         some = [pixels for _, pixels in itertools.islice(self._readable(how), count)]
-        if not some:
-            raise ImageError(f"none of the {len(self.found)} images could be read.")
+        self._check()
         return np.stack(some)
 
+    def skipped(self) -> dict[str, str]:
+        """Return the images that could not be read, and why."""
+        return {str(path): reason for path, reason in self.broken.items()}
+
     def finish(self, strict: bool) -> None:
-        """Tell how many were broken. Raises ImageError with `strict`, or if none was readable."""
-        if len(self.broken) == len(self.found):
-            raise ImageError(f"none of the {len(self.found)} images could be read.")
-        if self.broken:
-            message = f"{len(self.broken)} of {len(self.found)} images could not be read"
-            if strict:
-                raise ImageError(f"{message}, and --strict is set.")
-            console.note(f"{message}; they were skipped.")
+        """Tell how many were broken. Raises ImageError with `strict`."""
+        if not self.broken:
+            return
+        message = f"{len(self.broken)} of {len(self.found)} images could not be read"
+        if strict:
+            raise ImageError(f"{message}, and --strict is set. Remove or mend them.")
+        console.note(f"{message} and were skipped.")
 
 
 def find(paths: Sequence[Path], batch_sizes: Sequence[int], limit: int | None = None) -> Images:
-    """Return the images of files and folders, the first `limit` of them spread evenly."""
+    """Return the images of files and folders, with `limit` so many of them spread evenly."""
     found = find_labelled_images(paths)
     if limit is not None and limit < len(found):
         step = len(found) / limit
@@ -81,21 +93,28 @@ def find(paths: Sequence[Path], batch_sizes: Sequence[int], limit: int | None = 
     return Images(found, batch_sizes)
 
 
-def match_labels(images: Images, labels: Sequence[str]) -> bool:
-    """Take the folders' names for classes where all are labels of the model; return if so."""
+def match_labels(images: Images, labels: Sequence[str]) -> str | None:
+    """Take the folders' names for classes where all are labels of the model.
+
+    Return None if so, else why not; the empty string where the images are in no folders.
+    """
     classes = {label: i for i, label in enumerate(labels)}
-    names = {image.label for image in images.found}
-    if None in names or not names <= set(classes):
-        return False
+    unlabelled = [image for image in images.found if image.label is None]
+    named = dict.fromkeys(image.label for image in images.found if image.label is not None)
+    unknown = [name for name in named if name not in classes]
+    if not named:
+        return ""
+    if unknown:
+        return f"folder '{unknown[0]}' is not among the model's {len(labels)} labels"
+    if unlabelled:
+        return f"{unlabelled[0].path} lies in no class folder"
     images.classes = classes
-    return True
+    return None
 
 
 def load_batches(paths: Sequence[Path]) -> Callable[[Preprocess], Iterator[Batch]]:
     """Return what makes batches of the images at `paths` for a preprocessing."""
     images = find(paths, (1, 2, 8))
-    if not images.found:
-        raise UsageError("no images to validate on.")
 
     def batches(how: Preprocess) -> Iterator[Batch]:
         yield from images.batches(how)

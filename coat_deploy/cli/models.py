@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from coat_deploy.cli import console
-from coat_deploy.errors import CoatDeployError, CorruptArtifact, StaleArtifact
+from coat_deploy.errors import CoatDeployError, CorruptArtifact, RepositoryError, StaleArtifact
 from coat_deploy.spec import ModelSpec, format_size
 
 if TYPE_CHECKING:
     from coat_deploy.artifact import Artifact
-    from coat_deploy.repository import Model
+    from coat_deploy.model import Model
 
 PUBLISHED_CLASSES = 1000
 NUM_LABELS_SHOWN = 5
@@ -45,9 +45,11 @@ def list_models(
 ) -> None:
     """List every model: sizes, published accuracy, weights and artifacts.
 
-    params (M) and GMACs are for one image of the model's own size. top-1 and top-5 are per cent
-    on ImageNet-1k as timm measured the published weights; blank for a model with other weights,
-    classes or size. A model that cannot be read is listed with the reason.
+    GMACs are for one image of the model's own size. top-1 and top-5 are per
+    cent on ImageNet-1k as timm measured the published weights; a dash for a
+    model with other weights, classes or size.
+
+    A model that cannot be read is listed with the reason.
     """
     from coat_deploy.repository import Repository
 
@@ -76,14 +78,18 @@ def show_model(
 ) -> None:
     """Show all there is to know about a model.
 
-    Its spec and preprocessing, labels, published figures, where its weights came from, and every
-    artifact with its state: ok; stale (the weights or the config changed since); corrupt (its
-    bytes are not those exported); missing (a file is gone). Every byte is read for that.
+    Its spec and preprocessing, labels, published figures, where its weights
+    came from, and every artifact with its state: ok; stale (the weights or
+    the config changed since); corrupt (its bytes are not those exported);
+    missing (a file is gone). Every byte is read for that.
     """
     from coat_deploy.repository import Repository
 
     models, as_json = _with_options_of_group(context, models, as_json)
-    described = describe(Repository.open(models).find(model))
+    try:
+        described = describe(Repository.open(models).find(model))
+    except OSError as error:
+        raise RepositoryError(f"{model}: a file cannot be read ({error}).") from error
     if as_json:
         console.print_json(described)
     else:
@@ -149,7 +155,7 @@ def describe(model: "Model") -> dict[str, Any]:
 
     spec, entry = model.spec, summarise(model)
     if entry["error"]:
-        raise CoatDeployError(entry["error"])
+        raise RepositoryError(entry["error"])
     published = get_variant(spec.architecture).published
     record, path = model.weights_record or spec.weights, model.weights_path
     named = "label_names" if spec.label_names else spec.label_set
@@ -250,8 +256,10 @@ def _print_artifacts(artifacts: Sequence[dict[str, Any]]) -> None:
     if not artifacts:
         print("No artifacts. coat-deploy export makes one.")
         return
-    columns = ("artifact", "target", "precision", "form", "size", "opset", "bytes", "state")
-    columns += ("images", "max |delta|", "top-1 agreement", "created", "sha256")
+    columns = (
+        *("artifact", "target", "precision", "form", "size", "opset", "file", "state"),
+        *("images", "max |delta|", "top-1 agreement", "created", "sha256"),
+    )
     rows = []
     for a in artifacts:
         size = format_size(a["size"]) if a["size"] else "dynamic"

@@ -1,52 +1,61 @@
 """`coat-deploy predict`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coat_deploy.cli import console
+from coat_deploy.cli.tables import render_table
 from coat_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from coat_deploy.labels import ScoredLabel
+    from coat_deploy.model import Model
 
 
 def predict(
     model: console.ModelArgument,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")
+        list[Path], typer.Argument(metavar="IMAGE", help="Images, or folders of images.")
     ],
     target: Annotated[
         str | None,
-        typer.Option(help="Runtime. Default: that of the first artifact, else eager."),
+        typer.Option(
+            metavar="NAME",
+            help="Default: the first of onnxruntime and openvino that was exported and is "
+            "installed, else eager.",
+        ),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Precision of the artifact.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many labels an image.")] = 5,
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Images a step.")] = 8,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit 1 when an image cannot be read.")
-    ] = False,
+    precision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Precision of the artifact.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="How many labels an image.")] = 5,
+    batch: Annotated[str, typer.Option(metavar="N", help="Images a step.")] = "8",
+    strict: console.StrictOption = False,
     threads: console.ThreadsOption = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
 ) -> None:
-    """Classify images: the likeliest labels with their probabilities.
+    """Classify images: the likeliest labels, with their probabilities.
 
-    Uses the same preprocessing as validation, and replays the artifact's proof first.
+    Images are prepared as in validation. An artifact's proof is replayed first; one that is
+    stale, corrupt, or does not compute here what it should is refused.
     """
     from coat_deploy.cli.inputs import find
     from coat_deploy.labels import top_labels
+    from coat_deploy.model import ArtifactQuery
     from coat_deploy.open import find_source, open_source
-    from coat_deploy.repository import ArtifactQuery, Repository, read_labels
+    from coat_deploy.repository import Repository, read_labels
     from coat_deploy.runner import LOGITS, LoadOptions
 
+    found = find(images, console.counts(batch, "batch", 1024))
     opened = Repository.open(models).find(model)
-    if target is None:
-        usable = [a for a in opened.artifacts if not a.features]
-        target = usable[0].target if usable else "eager"
-    source = find_source(opened, ArtifactQuery(target, precision))
     if not opened.spec.num_classes:
         raise UsageError(f"{opened.folder}: has no classifier (num_classes is 0).")
+    source = find_source(opened, ArtifactQuery(target or default_target(opened), precision))
     labels = read_labels(opened.spec)
-    found = find(images, (batch,))
     predictions: list[dict[str, Any]] = []
     with (
         open_source(source, LoadOptions(threads=threads)) as runner,
@@ -58,20 +67,37 @@ def predict(
                 predictions.append({"image": name, "labels": top_labels(row, labels, top)})
             advance(len(part.names))
     if as_json:
+        document = {"model": opened.name, "target": source.target, "precision": source.precision}
         console.print_json(
-            {
-                "model": opened.name,
-                "target": source.target,
-                "precision": source.precision,
-                "predictions": predictions,
-                "skipped": {str(path): why for path, why in found.broken.items()},
-            }
+            {**document, "predictions": predictions, "skipped": found.skipped()},
         )
     else:
-        rows = [
-            (prediction["image"] if i == 0 else "", label["label"], label["score"])
-            for prediction in predictions
-            for i, label in enumerate(prediction["labels"])
-        ]
-        console.print_table(("image", "label", "probability"), rows)
+        console.emit(render(predictions, top))
     found.finish(strict)
+
+
+def default_target(model: "Model") -> str:
+    """Return the first target that the model has logits for and that is installed, or eager."""
+    from coat_deploy.backends.select import TARGETS, backend
+
+    exported = {artifact.target for artifact in model.artifacts if not artifact.features}
+    targets = [target for target in TARGETS if target in exported]
+    usable = [target for target in targets if backend(target).missing() is None]
+    # An artifact whose runtime is not installed is still the one that was meant.
+    return next(iter([*usable, *targets]), "eager")
+
+
+def render(predictions: Sequence[dict[str, Any]], top: int) -> str:
+    """Return a line an image, or with several labels each a block: names are of any length."""
+    if top == 1:
+        rows = [(f"{p['labels'][0]['score']:.1%}", _label(p), p["image"]) for p in predictions]
+        return render_table(("score", "label", "image"), rows)
+    return "\n".join(f"{p['image']}\n{_block(p['labels'])}" for p in predictions)
+
+
+def _label(prediction: dict[str, Any]) -> str:
+    return str(prediction["labels"][0]["label"])
+
+
+def _block(labels: Sequence["ScoredLabel"]) -> str:
+    return "".join(f"  {label['score']:6.1%}  {label['label']}\n" for label in labels)

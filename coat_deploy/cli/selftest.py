@@ -1,68 +1,107 @@
 """`coat-deploy selftest`."""
 
-from typing import Annotated, Any
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coat_deploy.cli import console
-from coat_deploy.errors import BelowBar, CoatDeployError, RepositoryError
+from coat_deploy.errors import (
+    BackendMissing,
+    BelowBar,
+    CoatDeployError,
+    RepositoryError,
+    UsageError,
+    unknown_name,
+)
+
+if TYPE_CHECKING:
+    from coat_deploy.artifact import Artifact
+    from coat_deploy.model import Model
 
 
 def selftest(
     model: console.ModelArgument,
     target: Annotated[
-        str | None, typer.Option(help="Only artifacts of this target. Default: all.")
+        str | None,
+        typer.Option(metavar="NAME", help="Only artifacts of this target. Default: all."),
     ] = None,
     threads: console.ThreadsOption = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
 ) -> None:
-    """Replay the proofs of a model's artifacts on this machine; exit status 3 if one fails.
+    """Check on this machine that artifacts still compute what PyTorch did.
 
-    Needs neither PyTorch nor photographs: a few inputs and what PyTorch made of them lie beside
-    every artifact.
+    Replays the proof that lies beside every artifact: a few inputs and what PyTorch made of them.
+    Needs neither PyTorch nor photographs. Exit status 3 if an artifact does not reproduce its
+    proof, or is no longer the file that was exported.
     """
-    from coat_deploy.backends.select import TARGETS, backend
-    from coat_deploy.errors import UsageError, unknown_name
-    from coat_deploy.open import Source, open_source
-    from coat_deploy.open import selftest as replay
+    from coat_deploy.graph.form import FORMS
+    from coat_deploy.model import ArtifactQuery
     from coat_deploy.repository import Repository
-    from coat_deploy.runner import LoadOptions
 
-    if target is not None and target not in TARGETS:
-        raise UsageError(unknown_name("target", target, TARGETS))
+    if target is not None and target not in FORMS:
+        raise UsageError(unknown_name("target", target, FORMS))
     opened = Repository.open(models).find(model)
     artifacts = [a for a in opened.artifacts if target in (None, a.target)]
     if not artifacts:
-        raise RepositoryError(
-            f"{opened.folder}: no artifact to test. Run: coat-deploy export {model} "
-            f"--models {opened.folder.parent}"
-        )
-    results: list[dict[str, Any]] = []
-    for artifact in artifacts:
-        entry: dict[str, Any] = {"artifact": artifact.name, "passed": False, "error": None}
-        command = backend(artifact.target).missing()
-        if target is None and command:
-            results.append(entry | {"passed": None, "error": f"skipped; needs {command}"})
-            continue
-        try:
-            source = Source(opened, artifact.target, artifact)
-            with open_source(source, LoadOptions(threads=threads)) as runner:
-                agreement = replay(opened, artifact, runner)
-            entry |= {"passed": True, "max_abs_difference": agreement.max_abs_difference}
-        except CoatDeployError as error:
-            entry["error"] = str(error)
-        results.append(entry)
+        of = f" of {target}" if target else ""
+        command = opened.export_command(ArtifactQuery(target or next(iter(FORMS))))
+        raise RepositoryError(f"{opened.folder}: no artifact{of} to test. Run: {command}")
+    with console.steps(f"testing {opened.name}") as tell:
+        results = []
+        for artifact in artifacts:
+            tell(artifact.name)
+            results.append(test(opened, artifact, threads))
     failed = [result for result in results if result["passed"] is False]
+    tested = [result for result in results if result["passed"] is not None]
+    passed = bool(tested) and not failed
     if as_json:
-        console.print_json({"model": opened.name, "passed": not failed, "artifacts": results})
+        console.print_json({"model": opened.name, "passed": passed, "artifacts": results})
     else:
-        columns = ("artifact", "passed", "max |delta|", "")
+        verdicts = {True: "passed", False: "FAILED", None: "skipped"}
+        columns = ("artifact", "", "max |delta|", "seconds")
         rows = [
-            (r["artifact"], r["passed"], r.get("max_abs_difference"), r["error"] or "")
+            (r["artifact"], verdicts[r["passed"]], r["max_abs_difference"], r["seconds"])
             for r in results
         ]
         console.print_table(columns, rows)
+        for result in results:
+            if result["error"]:
+                console.emit(f"\n{result['artifact']}: {result['error']}\n")
     if failed:
         names = ", ".join(result["artifact"] for result in failed)
-        raise BelowBar(f"{opened.name}: {names} failed the self-test.")
+        raise BelowBar(f"{opened.name}: failed the self-test: {names}.")
+    if not tested:
+        raise BackendMissing(f"{opened.name}: nothing was tested. {results[0]['error']}.")
+
+
+def test(model: "Model", artifact: "Artifact", threads: int | None) -> dict[str, Any]:
+    """Replay an artifact's proof; return how that went, `passed` None if it could not be tried."""
+    from coat_deploy.backends.select import backend
+    from coat_deploy.open import Source
+    from coat_deploy.open import selftest as replay
+    from coat_deploy.runner import LoadOptions
+
+    result: dict[str, Any] = {
+        "artifact": artifact.name,
+        "passed": None,
+        "max_abs_difference": None,
+        "seconds": None,
+        "error": None,
+    }
+    command = backend(artifact.target).missing()
+    if command:
+        return result | {"error": f"{artifact.target} is not installed here; run: {command}"}
+    start = time.perf_counter()
+    try:
+        model.check_parents(artifact)
+        model.check_files(artifact)
+        load = Source(model, artifact.target, artifact).loader(LoadOptions(threads=threads))
+        with load() as runner:
+            agreement = replay(model, artifact, runner)
+    except CoatDeployError as error:
+        return result | {"passed": False, "error": str(error)}
+    seconds = round(time.perf_counter() - start, 3)
+    difference = agreement.max_abs_difference
+    return result | {"passed": True, "max_abs_difference": difference, "seconds": seconds}

@@ -17,7 +17,9 @@ class GraphForm:
     fold_context_ratio: with N tokens and C channels, where N >= ratio * C the context is taken
         as `(S X) Wv^T + bv` instead of `S V`. The rows of S sum to 1, so both are equal; the
         first needs no V of the class token, but one C x C x C product more.
-    resize_layout: where channels stand when parallel blocks resample: "nhwc" or "nchw".
+    resize_layout: where channels stand when parallel blocks resample: "nhwc" or "nchw". Not
+        "nchw" for onnxruntime (tried with 1.32): its optimiser moves the Transpose before a
+        Resize behind it, permutes the two sizes as if they were four, and refuses the graph.
     """
 
     fold_context_ratio: float = 2.0

@@ -19,7 +19,7 @@ from coat_deploy.runner import Array
 
 Shape = tuple[int, ...]
 
-_GAINS = (("cpe", 0.15), ("factoratt_crpe.proj", 0.5), ("fc2", 0.5), ("head", 2.0))
+_GAINS = (("cpe", 0.15), ("factoratt_crpe.proj", 0.5), ("fc2", 0.5), ("head", 1.25))
 """Standard deviation of a layer's output where that of its input is 1, by a part of the key.
 
 CPE is one convolution applied in every block of a scale: a larger gain lets a few channels grow

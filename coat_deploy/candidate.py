@@ -1,0 +1,158 @@
+"""A candidate: an artifact in the making, which must prove itself before it is let in.
+
+graph > file > proof > replay > validation
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from onnx import ModelProto
+
+from coat_deploy.artifact import artifact_name
+from coat_deploy.backends.select import require
+from coat_deploy.digest import sha256_bytes
+from coat_deploy.errors import BelowBar
+from coat_deploy.graph.check import check_graph
+from coat_deploy.graph.coat import GraphOptions, author_graph
+from coat_deploy.graph.form import get_form
+from coat_deploy.graph.metadata import add_metadata
+from coat_deploy.graph.serialise import serialise
+from coat_deploy.images import normalise
+from coat_deploy.measure.agreement import Bar
+from coat_deploy.measure.proof import Proof, make_proof, probe_images, replay
+from coat_deploy.measure.validate import Batch, Validation, batch_sizes_in_turn, validate
+from coat_deploy.model import VERSION, WEIGHTS, Staging
+from coat_deploy.network.variants import get_variant
+from coat_deploy.network.weights import fit, read_safetensors
+from coat_deploy.repository import read_labels
+from coat_deploy.runner import LoadOptions, Runner
+from coat_deploy.spec import ModelSpec, Preprocess, Size
+
+SYNTHETIC_IMAGES = 8
+SYNTHETIC_BATCHES = (1, 2, 5)
+SYNTHETIC_SEED = 1
+
+MakeBatches = Callable[[Preprocess], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to make, with every default settled; `size` None is dynamic H and W.
+
+    `nominal` is the size it is proven at, which is `size` unless that is dynamic.
+    """
+
+    target: str
+    precision: str
+    form: str
+    size: Size | None
+    nominal: Size
+    features: bool
+    opset: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An artifact in a staging folder that holds the spec and the weights already."""
+
+    staging: Staging
+    spec: ModelSpec
+    recipe: Recipe
+
+    @cached_property
+    def name(self) -> str:
+        """Name of the artifact."""
+        r, default = self.recipe, self.spec.preprocess.input_size
+        return artifact_name(r.target, r.precision, r.size, default, r.form, r.features)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Digest of the weights it is made from."""
+        return self.staging.weights_sha256()
+
+    @property
+    def proof_name(self) -> str:
+        """Name of the proof's file."""
+        return f"{self.name}.proof.npz"
+
+    def write_graph(self) -> dict[str, str]:
+        """Write the graph aside; return the digest of each of its files, the graph's first.
+
+        Raises: WeightsError when the weights do not fit the spec; GraphError.
+        """
+        graph = self._graph()
+        recipe = self.recipe
+        choices = {"target": recipe.target, "precision": recipe.precision, "form": recipe.form}
+        add_metadata(graph, self.spec, read_labels(self.spec), self.weights_sha256, **choices)
+        check_graph(graph)
+        files = serialise(graph, f"{self.name}.onnx")
+        for file, content in files.items():
+            self.staging.write(f"{VERSION}/{file}", content)
+        return {file: sha256_bytes(content) for file, content in files.items()}
+
+    def _graph(self) -> ModelProto:
+        recipe, subject = self.recipe, str(self.staging.target.weights_path)
+        tensors = read_safetensors(self.staging.folder / WEIGHTS)
+        weights = fit(tensors, self.spec, subject=subject)
+        options = GraphOptions(recipe.size, recipe.features, recipe.opset)
+        if recipe.form == "authored":
+            return author_graph(self.spec, weights, get_form(recipe.target), options)
+        from coat_deploy.graph.traced import trace_graph
+
+        return trace_graph(self.spec, weights, options)
+
+    def load_reference(self, threads: int | None) -> Runner:
+        """Load the eager network from the staging folder."""
+        load = LoadOptions(threads=threads, features=self.recipe.features)
+        return require("eager").load(self.staging.folder, load)
+
+    def load(self, file: str, threads: int | None) -> Runner:
+        """Load its `file` into the runtime it is made for."""
+        load = LoadOptions(
+            threads=threads, features=self.recipe.features, precision=self.recipe.precision
+        )
+        return require(self.recipe.target).load(self.staging.folder / VERSION / file, load)
+
+    def prove(self, reference: Runner, candidate: Runner, sha256: str, bar: Bar) -> str:
+        """Write its proof aside and replay it; return the proof's digest. Raises BelowBar."""
+        how, size = self.spec.preprocess, self.recipe.nominal
+        content = make_proof(reference, how, size, sha256, bar).to_bytes()
+        self.staging.write(f"{VERSION}/{self.proof_name}", content)
+        replay(Proof.from_bytes(content), candidate, f"{self.name} (not exported)")
+        return sha256_bytes(content)
+
+    def validate(
+        self, reference: Runner, candidate: Runner, bar: Bar, batches: MakeBatches | None
+    ) -> Validation:
+        """Hold it against the eager network at every size of `sizes`. Raises BelowBar."""
+        make = batches or synthetic_batches
+        images = itertools.chain.from_iterable(
+            make(self.spec.preprocess.at(size)) for size in self.sizes()
+        )
+        validation = validate(reference, candidate, images, bar)
+        if not validation.passed:
+            raise BelowBar(
+                f"{self.name}: not exported, it does not agree with eager: "
+                f"{' '.join(validation.failures)}"
+            )
+        return validation
+
+    def sizes(self) -> Sequence[Size]:
+        """Return the sizes it is validated at: two that differ in shape, if it takes them."""
+        nominal = self.recipe.nominal
+        if self.recipe.size is not None:
+            return (nominal,)
+        # A graph that only seems dynamic holds a constant of the nominal size.
+        lower = max(nominal[0] * 3 // 4, get_variant(self.spec.architecture).min_side)
+        return tuple(dict.fromkeys((nominal, (lower, nominal[1]))))
+
+
+def synthetic_batches(how: Preprocess) -> Iterator[Batch]:
+    """Yield synthetic images in batches of several sizes, for when there are no photographs."""
+    pixels = normalise(
+        probe_images(how.input_size, SYNTHETIC_IMAGES, SYNTHETIC_SEED), how.mean, how.std
+    )
+    for part in batch_sizes_in_turn(SYNTHETIC_IMAGES, SYNTHETIC_BATCHES):
+        yield Batch(pixels[part.start : part.stop], tuple(f"synthetic {i}" for i in part))

@@ -1,0 +1,193 @@
+"""Who takes part in a bench: `--targets` read, what is missing exported, every proof replayed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from coat_deploy.cli import console
+from coat_deploy.errors import CoatDeployError, UsageError, unknown_name
+from coat_deploy.spec import Size
+
+if TYPE_CHECKING:
+    from coat_deploy.measure.bench import Contender
+    from coat_deploy.measure.latency import Failure
+    from coat_deploy.model import ArtifactQuery, Model
+    from coat_deploy.open import Source
+    from coat_deploy.repository import Repository
+
+COMPILE, EAGER = "compile", "eager"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of `--targets`: "openvino:bf16", "onnxruntime:traced", "eager:compile"."""
+
+    text: str
+    target: str
+    precision: str | None
+    form: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Entry":
+        """Read an entry. Raises UsageError for a word that is neither precision nor form."""
+        from coat_deploy.backends.select import PRECISIONS, TARGETS
+        from coat_deploy.graph.form import FORM_NAMES
+
+        target, *words = text.split(":")
+        if target not in TARGETS:
+            raise UsageError(unknown_name("target", target, TARGETS))
+        forms = (COMPILE,) if target == EAGER else FORM_NAMES
+        precision = form = None
+        for word in words:
+            if word in PRECISIONS[target] and precision is None:
+                precision = word
+            elif word in forms and form is None:
+                form = word
+            else:
+                known = (*PRECISIONS[target], *forms)
+                raise UsageError(unknown_name(f"precision or form of {target}", word, known))
+        return cls(text, target, precision, form)
+
+    def query(self, size: Size) -> "ArtifactQuery":
+        """Return which artifact is meant."""
+        from coat_deploy.model import ArtifactQuery
+
+        return ArtifactQuery(self.target, self.precision, size, self.form)
+
+
+def read_entries(text: str) -> list[Entry]:
+    """Return the entries of `--targets`. Raises UsageError for one that is named twice."""
+    entries = [Entry.parse(part) for part in console.comma_separated(text, "targets")]
+    names = [entry.text for entry in entries]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"--targets: {twice[0]} is named twice. Name each once.")
+    return entries
+
+
+@dataclass
+class LineUp:
+    """The contenders: what to open for each, how it agreed just now, why one cannot start."""
+
+    model: "Model"
+    size: Size
+    sources: "dict[str, Source]" = field(default_factory=dict)
+    agreements: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def contenders(
+        self, entries: Sequence[Entry], batches: Sequence[int], threads: Sequence[int | None]
+    ) -> "Iterator[Contender]":
+        """Yield every entry that can start, at every batch size and number of threads."""
+        from coat_deploy.measure.bench import Contender
+        from coat_deploy.runner import LoadOptions
+
+        for entry, batch, count in _each(entries, batches, threads):
+            source = self.sources.get(entry.text)
+            if source is None:
+                continue
+            compiled = entry.form == COMPILE
+            yield Contender(
+                name=entry.text,
+                target=entry.target,
+                precision=source.precision,
+                form=COMPILE if compiled else source.form,
+                batch=batch,
+                size=self.size,
+                threads=count,
+                load=source.loader(LoadOptions(threads=count, compile=compiled)),
+                file=source.path if source.artifact else source.model.weights_path,
+                sha256=source.sha256,
+            )
+
+    def failures(
+        self, entries: Sequence[Entry], batches: Sequence[int], threads: Sequence[int | None]
+    ) -> "Iterator[Failure]":
+        """Yield the measurements that cannot be made, because their entry cannot start."""
+        from coat_deploy.measure.latency import Failure
+
+        for entry, batch, count in _each(entries, batches, threads):
+            if entry.text in self.failed:
+                yield Failure(
+                    name=entry.text,
+                    target=entry.target,
+                    precision=entry.precision or "fp32",
+                    form=entry.form or ("network" if entry.target == EAGER else "authored"),
+                    batch=batch,
+                    size=self.size,
+                    threads=count,
+                    error=self.failed[entry.text],
+                )
+
+
+def _each(
+    entries: Sequence[Entry], batches: Sequence[int], threads: Sequence[int | None]
+) -> Iterator[tuple[Entry, int, int | None]]:
+    yield from ((e, batch, count) for count in threads for batch in batches for e in entries)
+
+
+def line_up(
+    repository: "Repository",
+    model: "Model",
+    entries: Sequence[Entry],
+    size: Size,
+    weights: str | None,
+) -> LineUp:
+    """Export what is missing, and replay the proof of every artifact.
+
+    An entry that cannot take part is noted, and the others go on.
+    Raises: UsageError for what no other entry would mend, as weights that are nowhere.
+    """
+    if weights is not None and model.weights_path.exists():
+        raise UsageError(
+            f"--weights: {model.folder} has weights already. Leave it out, or put others there "
+            f"with: coat-deploy export {model.name} --weights {weights}"
+        )
+    lineup = LineUp(model, size)
+    # Eager needs weights in a folder: an export puts them there, so artifacts come first.
+    for entry in sorted(entries, key=lambda entry: entry.target == EAGER):
+        try:
+            _start(lineup, repository, entry, weights)
+        except UsageError:
+            raise
+        except CoatDeployError as error:
+            lineup.failed[entry.text] = str(error)
+    return lineup
+
+
+def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str | None) -> None:
+    """Add what to open for an entry, after trying it."""
+    from coat_deploy.backends.select import require
+    from coat_deploy.open import find_source, selftest
+    from coat_deploy.runner import LoadOptions
+
+    require(entry.target)
+    if entry.target != EAGER:
+        _export_missing(lineup, repository, entry, weights)
+    source = find_source(lineup.model, entry.query(lineup.size))
+    if source.artifact:
+        source.model.check_parents(source.artifact)
+        source.model.check_files(source.artifact)
+        with source.loader(LoadOptions())() as runner:
+            agreement = selftest(source.model, source.artifact, runner)
+        lineup.agreements[entry.text] = agreement.to_json()
+    lineup.sources[entry.text] = source
+
+
+def _export_missing(
+    lineup: LineUp, repository: "Repository", entry: Entry, weights: str | None
+) -> None:
+    from coat_deploy.export import ExportOptions, export
+
+    model, size = lineup.model, lineup.size
+    if any(entry.query(size).matches(artifact) for artifact in model.artifacts):
+        return
+    console.note(f"{entry.text}: not exported yet; exporting it.")
+    options = ExportOptions(
+        target=entry.target,
+        precision=entry.precision,
+        form=entry.form or "authored",
+        size=None if size == model.spec.preprocess.input_size else size,
+        weights=None if model.weights_path.exists() else weights,
+    )
+    lineup.model = export(repository, model.name, options).model

@@ -1,0 +1,185 @@
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from coat_deploy.backends import eager
+from coat_deploy.errors import CoatDeployError, RunnerError, SpecError, WeightsError
+from coat_deploy.runner import LoadOptions, TensorSpec
+
+TAPS = ("patch_embed2.image", "serial_blocks1.0.cls", "parallel_blocks.0.image3")
+
+
+@pytest.fixture(scope="module")
+def runner(model):
+    with eager.load(model.path, LoadOptions()) as runner:
+        yield runner
+
+
+def test_the_runner_computes_the_network(model, runner, pixels, distance) -> None:
+    for batch, size in ((1, (64, 64)), (3, (75, 50)), (2, (250, 190))):
+        x = pixels(batch, size)
+        got = runner.run(x)
+        assert list(got) == ["logits"]
+        assert distance(got["logits"], model.expected(x)["logits"]) < 1e-5
+
+
+def test_the_runner_describes_itself(runner) -> None:
+    assert runner.target == "eager"
+    assert runner.inputs == (TensorSpec("pixels", "float32", ("batch", 3, "height", "width")),)
+    assert [spec.name for spec in runner.outputs] == ["logits"]
+
+
+def test_bind_gives_what_run_gives(runner, pixels) -> None:
+    x = pixels(3)
+    step = runner.bind(x)
+    assert np.array_equal(step().numpy(), runner.run(x)["logits"])
+    assert np.array_equal(step().numpy(), runner.run(x)["logits"])
+
+
+def test_features_are_the_four_maps(model, pixels, distance) -> None:
+    x = pixels(2, (75, 50))
+    with eager.load(model.path, LoadOptions(features=True)) as runner:
+        got, expected = runner.run(x), model.expected(x, features=True)
+    assert list(got) == ["x1", "x2", "x3", "x4"] == [spec.name for spec in runner.outputs]
+    assert max(distance(got[name], expected[name]) for name in got) < 1e-5
+
+
+def test_taps_are_returned_beside_the_logits(model, runner, pixels) -> None:
+    x = pixels(3)
+    with eager.load(model.path, LoadOptions(taps=TAPS)) as tapped:
+        got = tapped.run(x)
+    assert {name: value.shape for name, value in got.items()} == {
+        "logits": (3, 10),
+        "patch_embed2.image": (3, 64, 24),
+        "serial_blocks1.0.cls": (3, 16),
+        "parallel_blocks.0.image3": (3, 16, 24),
+    }
+    assert np.array_equal(got["logits"], runner.run(x)["logits"])
+
+
+def test_taps_of_one_run_are_not_those_of_the_next(model, pixels) -> None:
+    x = pixels(2)
+    with eager.load(model.path, LoadOptions(taps=TAPS)) as tapped:
+        first = {name: value.copy() for name, value in tapped.run(x).items()}
+        kept = tapped.run(x)
+        second = tapped.run(2 * x)
+    for name in TAPS:
+        assert np.array_equal(kept[name], first[name])
+        assert not np.array_equal(second[name], first[name])
+
+
+def test_a_tap_that_is_no_end_of_a_block_is_named(model, pixels) -> None:
+    for tap in ("serial_blocks9.0.image", "serial_blocks1.0.middle", "norm4"):
+        with (
+            eager.load(model.path, LoadOptions(taps=(tap,))) as runner,
+            pytest.raises(RunnerError, match=f"no inner tensor '{tap}'"),
+        ):
+            runner.run(pixels())
+
+
+def test_leaving_removes_the_hooks(model) -> None:
+    runner = eager.load(model.path, LoadOptions(taps=TAPS))
+    blocks = list(runner._network.modules())
+    assert sum(len(block._forward_hooks) for block in blocks) == len(TAPS)
+    with runner:
+        pass
+    assert sum(len(block._forward_hooks) for block in blocks) == 0
+
+
+def test_threads_are_those_asked_for(model) -> None:
+    with eager.load(model.path, LoadOptions(threads=2)):
+        assert torch.get_num_threads() == 2
+
+
+def test_compile_goes_through_torch_compile(model, runner, pixels, monkeypatch) -> None:
+    # Its default compiler takes a minute and needs another; capturing the graph is the same.
+    seen = []
+
+    def compile_without_code(network: torch.nn.Module) -> object:
+        seen.append(network)
+        return functools.partial(torch_compile, backend="eager")(network)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    x = pixels(2)
+    with eager.load(model.path, LoadOptions(compile=True)) as compiled:
+        got = compiled.run(x)["logits"]
+        assert np.array_equal(compiled.bind(x)().numpy(), got)
+    assert len(seen) == 1
+    assert np.abs(got - runner.run(x)["logits"]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 3, 31, 64), "float32"),
+        ((2, 1, 64, 64), "float32"),
+        ((3, 64, 64), "float32"),
+        ((0, 3, 64, 64), "float32"),
+        ((2, 3, 64, 64), "float64"),
+        ((2, 3, 64, 64), "uint8"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line_with_both(runner, shape, dtype) -> None:
+    for use in (runner.run, runner.bind):
+        with pytest.raises(RunnerError) as caught:
+            use(np.zeros(shape, dtype))
+        assert f"got {dtype} {shape}" in str(caught.value)
+        assert "expected float32 (B >= 1, 3, H >= 32, W >= 32)" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_array_in_any_layout_gives_the_same(runner, pixels) -> None:
+    x = pixels(2, (64, 96)).swapaxes(2, 3)[:, :, ::-1]
+    expected = runner.run(np.ascontiguousarray(x))["logits"]
+    assert np.array_equal(runner.run(x)["logits"], expected)
+    assert np.array_equal(runner.bind(x)().numpy(), expected)
+    frozen = np.ascontiguousarray(x)
+    frozen.flags.writeable = False
+    assert np.array_equal(runner.run(frozen)["logits"], expected)
+
+
+def test_a_pixel_that_is_not_finite_spoils_its_image_only(runner, pixels) -> None:
+    x = pixels(3)
+    x[1, 0, 5, 5] = np.nan
+    assert np.isnan(runner.run(x)["logits"]).all(axis=1).tolist() == [False, True, False]
+
+
+# Model folders
+
+
+def test_a_folder_without_weights_names_the_file(model, tmp_path) -> None:
+    (tmp_path / "config.json").write_bytes((model.path / "config.json").read_bytes())
+    with pytest.raises(CoatDeployError, match=r"model\.safetensors"):
+        eager.load(tmp_path, LoadOptions())
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "garbage"])
+def test_damaged_weights_name_the_file(model, other_model, kind) -> None:
+    path = other_model() / "model.safetensors"
+    whole = path.read_bytes()
+    content = {"empty": b"", "truncated": whole[:-100], "garbage": b"hello " * 99}
+    path.write_bytes(content[kind])
+    with pytest.raises(WeightsError, match=r"model\.safetensors: damaged"):
+        eager.load(path.parent, LoadOptions())
+
+
+def test_weights_of_another_network_are_refused(other_model) -> None:
+    folder = other_model(architecture="coat_lite_toy")
+    with pytest.raises(WeightsError, match="does not fit coat_lite_toy .*It fits coat_toy"):
+        eager.load(folder, LoadOptions())
+
+
+def test_a_config_that_is_no_config_is_refused(other_model) -> None:
+    folder = other_model()
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(SpecError, match=r"config\.json"):
+        eager.load(folder, LoadOptions())
+
+
+def test_switches_of_the_config_reach_the_network(model, runner, other_model, pixels) -> None:
+    x = pixels(2)
+    with eager.load(other_model(model_args={"co_scale": "none"}), LoadOptions()) as other:
+        assert np.abs(other.run(x)["logits"] - runner.run(x)["logits"]).max() > 0.01

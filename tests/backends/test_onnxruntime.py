@@ -1,0 +1,188 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from coat_deploy.backends import eager, onnxruntime
+from coat_deploy.errors import CorruptArtifact, RunnerError
+from coat_deploy.graph.taps import block_taps
+from coat_deploy.runner import LoadOptions, TensorSpec
+
+OPTIONS = LoadOptions(threads=1)
+
+
+@pytest.fixture(scope="module")
+def fixed(model, tmp_path_factory) -> Path:
+    return model.write_graph(tmp_path_factory.mktemp("fixed"))
+
+
+@pytest.fixture(scope="module")
+def dynamic(model, tmp_path_factory) -> Path:
+    return model.write_graph(tmp_path_factory.mktemp("dynamic"), size=None)
+
+
+@pytest.fixture(scope="module")
+def runner(fixed):
+    with onnxruntime.load(fixed, OPTIONS) as runner:
+        yield runner
+
+
+def test_the_runner_computes_the_network(model, runner, pixels, distance) -> None:
+    for batch in (1, 3, 8):
+        x = pixels(batch)
+        got = runner.run(x)
+        assert list(got) == ["logits"]
+        assert distance(got["logits"], model.expected(x)["logits"]) < 1e-5
+
+
+def test_a_dynamic_graph_runs_at_any_size(model, dynamic, pixels, distance) -> None:
+    with onnxruntime.load(dynamic, OPTIONS) as runner:
+        for size in ((64, 64), (75, 50), (33, 190)):
+            x = pixels(2, size)
+            got = runner.run(x)["logits"]
+            assert distance(got, model.expected(x)["logits"]) < 1e-5
+
+
+def test_the_runner_describes_itself(runner, dynamic) -> None:
+    assert runner.target == "onnxruntime"
+    assert runner.inputs == (TensorSpec("pixels", "float32", ("batch", 3, 64, 64)),)
+    assert runner.outputs == (TensorSpec("logits", "float32", ("batch", 10)),)
+    with onnxruntime.load(dynamic, OPTIONS) as other:
+        assert other.inputs[0].shape == ("batch", 3, "height", "width")
+
+
+def test_bind_gives_what_run_gives(runner, pixels) -> None:
+    x = pixels(3)
+    step = runner.bind(x)
+    for _ in range(2):
+        assert np.array_equal(step()[0], runner.run(x)["logits"])
+
+
+def test_features_are_the_four_maps(model, pixels, distance, tmp_path) -> None:
+    path, x = model.write_graph(tmp_path, features=True), pixels(2)
+    with onnxruntime.load(path, OPTIONS) as runner:
+        got, expected = runner.run(x), model.expected(x, features=True)
+    assert [spec.shape for spec in runner.outputs] == [
+        ("batch", 16, 16, 16),
+        ("batch", 24, 8, 8),
+        ("batch", 24, 4, 4),
+        ("batch", 24, 2, 2),
+    ]
+    assert max(distance(got[name], expected[name]) for name in expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", ["fixed", "dynamic"])
+def test_taps_are_those_of_the_eager_runner(model, pixels, size, request) -> None:
+    path, x = request.getfixturevalue(size), pixels(2)
+    taps = block_taps(path)
+    options = LoadOptions(threads=1, taps=taps)
+    with onnxruntime.load(path, options) as runner, eager.load(model.path, options) as reference:
+        got, expected = runner.run(x), reference.run(x)
+    assert got.keys() == expected.keys()
+    for tap in taps:
+        difference = np.abs(got[tap].ravel() - expected[tap].ravel()).max()
+        assert difference < 1e-5 * np.abs(expected[tap]).max(), tap
+    assert all(isinstance(d, int | str) for spec in runner.outputs for d in spec.shape)
+
+
+def test_weights_in_a_second_file_are_found(model, runner, pixels, tmp_path) -> None:
+    path, x = model.write_graph(tmp_path, limit=1000), pixels(2)
+    assert (tmp_path / "toy.onnx.data").stat().st_size > path.stat().st_size
+    with onnxruntime.load(path, OPTIONS) as other:
+        assert np.array_equal(other.run(x)["logits"], runner.run(x)["logits"])
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_threads_do_not_change_the_answer(fixed, runner, pixels, distance, threads) -> None:
+    x = pixels(2)
+    with onnxruntime.load(fixed, LoadOptions(threads=threads)) as other:
+        assert distance(other.run(x)["logits"], runner.run(x)["logits"]) < 1e-6
+
+
+def test_the_session_has_the_threads_asked_for(fixed) -> None:
+    for threads in (1, 3):
+        with onnxruntime.load(fixed, LoadOptions(threads=threads)) as other:
+            assert other._session.get_session_options().intra_op_num_threads == threads
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 3, 32, 64), "float32"),
+        ((2, 1, 64, 64), "float32"),
+        ((3, 64, 64), "float32"),
+        ((0, 3, 64, 64), "float32"),
+        ((2, 3, 64, 64), "float64"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line_with_both(runner, shape, dtype) -> None:
+    for use in (runner.run, runner.bind):
+        with pytest.raises(RunnerError) as caught:
+            use(np.zeros(shape, dtype))
+        assert f"got {dtype} {shape}" in str(caught.value)
+        assert "expected float32 (B >= 1, 3, 64, 64)" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_image_too_small_for_a_dynamic_graph_is_refused(dynamic, capfd) -> None:
+    with (
+        onnxruntime.load(dynamic, OPTIONS) as runner,
+        pytest.raises(RunnerError, match="W >= 32"),
+    ):
+        runner.run(np.zeros((2, 3, 64, 31), np.float32))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_array_in_any_layout_gives_the_same(runner, pixels) -> None:
+    x = pixels(2).swapaxes(2, 3)[:, :, ::-1]
+    expected = runner.run(np.ascontiguousarray(x))["logits"]
+    assert np.array_equal(runner.run(x)["logits"], expected)
+    assert np.array_equal(runner.bind(x)()[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "truncated", "cut short", "garbage"])
+@pytest.mark.parametrize("taps", [(), ("serial_blocks1.0.image",)], ids=["plain", "tapped"])
+def test_a_file_that_is_no_whole_graph_is_corrupt(fixed, tmp_path, kind, taps, capfd) -> None:
+    path, whole = tmp_path / "broken.onnx", fixed.read_bytes()
+    content = {
+        "empty": b"",
+        "truncated": whole[: len(whole) // 2],
+        "cut short": whole[:-9],
+        "garbage": b"hello " * 99,
+    }
+    if kind != "absent":
+        path.write_bytes(content[kind])
+    with pytest.raises(CorruptArtifact, match=r"broken\.onnx: not a whole ONNX model") as caught:
+        onnxruntime.load(path, LoadOptions(taps=taps))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_that_lost_a_node_is_corrupt(fixed, tmp_path) -> None:
+    broken = onnx.load(fixed)
+    del broken.graph.node[20]
+    onnx.save(broken, tmp_path / "broken.onnx")
+    with pytest.raises(CorruptArtifact, match=r"broken\.onnx: not a whole ONNX model"):
+        onnxruntime.load(tmp_path / "broken.onnx", OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["absent", "cut short"])
+def test_weights_that_are_not_whole_beside_the_graph_are_refused(model, tmp_path, kind) -> None:
+    path = model.write_graph(tmp_path, limit=1000)
+    data = tmp_path / "toy.onnx.data"
+    if kind == "absent":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises((CorruptArtifact, RunnerError), match=r"toy\.onnx: ") as caught:
+        onnxruntime.load(path, OPTIONS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_of_the_future_is_refused_as_one_it_cannot_run(fixed, tmp_path) -> None:
+    future = onnx.load(fixed)
+    future.opset_import[0].version = 999
+    onnx.save(future, tmp_path / "future.onnx")
+    with pytest.raises(RunnerError, match=r"future\.onnx: onnxruntime does not load it"):
+        onnxruntime.load(tmp_path / "future.onnx", OPTIONS)

@@ -1,0 +1,260 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+openvino_package = pytest.importorskip("openvino")
+
+from coat_deploy.backends import eager, openvino  # noqa: E402
+from coat_deploy.errors import CorruptArtifact, RunnerError, UsageError  # noqa: E402
+from coat_deploy.graph.taps import block_taps  # noqa: E402
+from coat_deploy.runner import LoadOptions, TensorSpec  # noqa: E402
+
+OPTIONS = LoadOptions(threads=1)
+BF16 = LoadOptions(threads=1, precision="bf16")
+
+
+@pytest.fixture(scope="module")
+def fixed(model, tmp_path_factory) -> Path:
+    return model.write_graph(tmp_path_factory.mktemp("fixed"), target="openvino")
+
+
+@pytest.fixture(scope="module")
+def dynamic(model, tmp_path_factory) -> Path:
+    return model.write_graph(tmp_path_factory.mktemp("dynamic"), size=None, target="openvino")
+
+
+@pytest.fixture(scope="module")
+def runner(fixed):
+    with openvino.load(fixed, OPTIONS) as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def computes_bf16() -> bool:
+    capabilities = openvino_package.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in capabilities
+
+
+def test_the_runner_computes_the_network(model, runner, pixels, distance) -> None:
+    for batch in (1, 3, 8, 1):
+        x = pixels(batch)
+        got = runner.run(x)
+        assert list(got) == ["logits"]
+        assert distance(got["logits"], model.expected(x)["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_a_dynamic_graph_of_either_form_runs_at_any_size(
+    model, pixels, distance, tmp_path, target
+) -> None:
+    path = model.write_graph(tmp_path, size=None, target=target)
+    with openvino.load(path, OPTIONS) as runner:
+        for size in ((64, 64), (75, 50), (33, 190)):
+            x = pixels(2, size)
+            got = runner.run(x)["logits"]
+            assert distance(got, model.expected(x)["logits"]) < 1e-5
+
+
+def test_a_graph_of_odd_size_runs(model, pixels, distance, tmp_path) -> None:
+    path, x = model.write_graph(tmp_path, size=(75, 50), target="openvino"), pixels(3, (75, 50))
+    with openvino.load(path, OPTIONS) as runner:
+        assert distance(runner.run(x)["logits"], model.expected(x)["logits"]) < 1e-5
+
+
+def test_the_runner_describes_itself(runner, dynamic) -> None:
+    assert runner.target == "openvino"
+    assert runner.inputs == (TensorSpec("pixels", "float32", ("?", 3, 64, 64)),)
+    assert runner.outputs == (TensorSpec("logits", "float32", ("?", 10)),)
+    with openvino.load(dynamic, OPTIONS) as other:
+        assert other.inputs[0].shape == ("?", 3, "?", "?")
+
+
+def test_bind_gives_what_run_gives(runner, pixels) -> None:
+    x = pixels(3)
+    step = runner.bind(x)
+    for _ in range(2):
+        (got,) = step().values()
+        assert np.array_equal(got, runner.run(x)["logits"])
+
+
+def test_an_answer_stays_when_the_next_is_computed(runner, pixels) -> None:
+    x = pixels(2)
+    first = runner.run(x)["logits"]
+    before = first.copy()
+    runner.run(2 * x)
+    assert np.array_equal(first, before)
+
+
+@pytest.mark.parametrize("taps", [(), ("serial_blocks1.0.image",)], ids=["plain", "tapped"])
+def test_features_are_the_four_maps(model, pixels, distance, tmp_path, taps) -> None:
+    # Compiling joins x1 with the map that the next scale embeds, which is equal.
+    path, x = model.write_graph(tmp_path, features=True, target="openvino"), pixels(2)
+    with openvino.load(path, LoadOptions(threads=1, taps=taps)) as runner:
+        got, expected = runner.run(x), model.expected(x, features=True)
+    assert [spec.name for spec in runner.outputs] == ["x1", "x2", "x3", "x4", *taps]
+    assert max(distance(got[name], expected[name]) for name in expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", ["fixed", "dynamic"])
+def test_taps_are_those_of_the_eager_runner(model, pixels, size, request) -> None:
+    path, x = request.getfixturevalue(size), pixels(2)
+    taps = block_taps(path)
+    options = LoadOptions(threads=1, taps=taps)
+    with openvino.load(path, options) as runner, eager.load(model.path, options) as reference:
+        got, expected = runner.run(x), reference.run(x)
+    assert got.keys() == expected.keys()
+    for tap in taps:
+        difference = np.abs(got[tap].ravel() - expected[tap].ravel()).max()
+        assert difference < 1e-5 * np.abs(expected[tap]).max(), tap
+
+
+def test_a_tensor_that_is_not_there_is_named(fixed) -> None:
+    with pytest.raises(RunnerError, match=r"toy\.onnx: .*serial_blocks9\.0\.image") as caught:
+        openvino.load(fixed, LoadOptions(taps=("serial_blocks9.0.image",)))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_in_a_second_file_are_found(model, runner, pixels, tmp_path) -> None:
+    path, x = model.write_graph(tmp_path, target="openvino", limit=1000), pixels(2)
+    with openvino.load(path, OPTIONS) as other:
+        assert np.array_equal(other.run(x)["logits"], runner.run(x)["logits"])
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_threads_are_those_asked_for(fixed, threads) -> None:
+    with openvino.load(fixed, LoadOptions(threads=threads)) as runner:
+        used = runner._compiled.get_property("INFERENCE_NUM_THREADS")
+    assert used == threads if threads else used >= 1
+
+
+# bfloat16
+
+
+def test_bf16_agrees_with_the_network_within_its_precision(
+    model, fixed, pixels, computes_bf16
+) -> None:
+    if not computes_bf16:
+        pytest.skip("needs a CPU with AMX-BF16 or AVX512-BF16")
+    x = pixels(8)
+    with openvino.load(fixed, BF16) as runner:
+        got = runner.run(x)["logits"]
+    expected = model.expected(x)["logits"]
+    assert got.dtype == np.float32
+    got, expected = (y - y.mean(axis=1, keepdims=True) for y in (got, expected))
+    cosine = (
+        (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+    )
+    assert cosine.min() > 0.999
+    # 8 bits of precision: were it float32 in disguise, it would be nearer.
+    assert np.abs(got - expected).max() > 1e-4
+
+
+def test_a_cpu_without_bf16_is_told_so(fixed, computes_bf16) -> None:
+    if computes_bf16:
+        pytest.skip("this CPU computes in bfloat16")
+    with pytest.raises(RunnerError, match=r"toy\.onnx: this CPU does not compute in bf16"):
+        openvino.load(fixed, BF16)
+
+
+def test_a_precision_that_openvino_replaced_is_refused(fixed, monkeypatch) -> None:
+    """As on a CPU without bfloat16, where OpenVINO computes in float32 and says nothing."""
+    compile_model = openvino_package.Core.compile_model
+
+    def compile_as_float32(self, model, device, settings):
+        return compile_model(self, model, device, settings | {"INFERENCE_PRECISION_HINT": "f32"})
+
+    monkeypatch.setattr(openvino_package.Core, "compile_model", compile_as_float32)
+    with pytest.raises(RunnerError) as caught:
+        openvino.load(fixed, BF16)
+    assert "does not compute in bf16 (OpenVINO would use f32)" in str(caught.value)
+
+
+def test_an_unknown_precision_suggests_the_nearest(fixed) -> None:
+    with pytest.raises(UsageError, match=r"'bf1' \(known: fp32, bf16\).*Did you mean 'bf16'\?"):
+        openvino.load(fixed, LoadOptions(precision="bf1"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 3, 32, 64), "float32"),
+        ((2, 1, 64, 64), "float32"),
+        ((3, 64, 64), "float32"),
+        ((0, 3, 64, 64), "float32"),
+        ((2, 3, 64, 64), "float64"),
+        ((2, 3, 64, 64), "uint8"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line_with_both(runner, shape, dtype) -> None:
+    for use in (runner.run, runner.bind):
+        with pytest.raises(RunnerError) as caught:
+            use(np.zeros(shape, dtype))
+        assert f"got {dtype} {shape}" in str(caught.value)
+        assert "expected float32 (B >= 1, 3, 64, 64)" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_image_too_small_for_a_dynamic_graph_is_refused(dynamic, pixels) -> None:
+    # OpenVINO itself returns the answer to the last image that was large enough.
+    with openvino.load(dynamic, OPTIONS) as runner:
+        runner.run(pixels(2))
+        with pytest.raises(RunnerError, match=r"got float32 \(2, 3, 32, 16\).*W >= 32"):
+            runner.run(np.zeros((2, 3, 32, 16), np.float32))
+
+
+def test_an_array_in_any_layout_gives_the_same(runner, pixels) -> None:
+    x = pixels(2).swapaxes(2, 3)[:, :, ::-1]
+    expected = runner.run(np.ascontiguousarray(x))["logits"]
+    assert np.array_equal(runner.run(x)["logits"], expected)
+    (got,) = runner.bind(x)().values()
+    assert np.array_equal(got, expected)
+
+
+def test_a_pixel_that_is_not_finite_spoils_its_image_only(runner, pixels) -> None:
+    for value in (np.nan, np.inf):
+        x = pixels(3)
+        x[1, 0, 5, 5] = value
+        assert np.isnan(runner.run(x)["logits"]).all(axis=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "truncated", "cut short", "garbage"])
+def test_a_file_that_is_no_whole_graph_is_corrupt(fixed, tmp_path, kind, capfd) -> None:
+    path, whole = tmp_path / "broken.onnx", fixed.read_bytes()
+    content = {
+        "empty": b"",
+        "truncated": whole[: len(whole) // 2],
+        "cut short": whole[:-9],
+        "garbage": b"hello " * 99,
+    }
+    if kind != "absent":
+        path.write_bytes(content[kind])
+    with pytest.raises(CorruptArtifact, match=r"broken\.onnx: not a whole ONNX model") as caught:
+        openvino.load(path, OPTIONS)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_that_lost_a_node_is_corrupt(fixed, tmp_path) -> None:
+    broken = onnx.load(fixed)
+    del broken.graph.node[20]
+    onnx.save(broken, tmp_path / "broken.onnx")
+    with pytest.raises(CorruptArtifact, match=r"broken\.onnx: not a whole ONNX model"):
+        openvino.load(tmp_path / "broken.onnx", OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["absent", "cut short"])
+def test_weights_that_are_not_whole_beside_the_graph_are_refused(model, tmp_path, kind) -> None:
+    path = model.write_graph(tmp_path, target="openvino", limit=1000)
+    data = tmp_path / "toy.onnx.data"
+    if kind == "absent":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:-100])
+    with pytest.raises(CorruptArtifact, match=r"toy\.onnx: not a whole ONNX model") as caught:
+        openvino.load(path, OPTIONS)
+    assert "\n" not in str(caught.value)

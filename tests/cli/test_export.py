@@ -1,0 +1,82 @@
+import json
+
+import pytest
+
+from coat_deploy.cli.export import describe_download
+
+
+def test_an_export_leaves_artifact_proof_weights_and_manifest(cli, bare):
+    ran = cli("export", "coat_lite_toy", "--weights", "random:1", "--models", bare, "--json")
+    assert (ran.status, ran.err) == (0, "")
+    folder = bare / "coat_lite_toy"
+    assert ran.json["artifact"] == str(folder / "1" / "onnxruntime-fp32.onnx")
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "onnxruntime-fp32.onnx",
+        "onnxruntime-fp32.proof.npz",
+    ]
+    assert ran.json["agreement"]["source"] == "synthetic"
+    assert ran.json["agreement"]["max_abs_difference"] < 1e-4
+
+
+def test_the_table_tells_artifact_and_agreement(cli, models):
+    ran = cli("export", "coat_lite_toy", "--models", models)
+    assert (ran.status, ran.err) == (0, "")
+    assert f"{models}/coat_lite_toy/1/onnxruntime-fp32.onnx\n" in ran.out
+    assert "on 8 synthetic images\n" in ran.out
+    assert "100.00%\n" in ran.out
+
+
+def test_photographs_are_what_it_is_validated_on(cli, models, photos):
+    ran = cli("export", "coat_lite_toy", "--models", models, "--images", photos, "--json")
+    agreement = ran.json["agreement"]
+    assert (agreement["source"], agreement["images"]) == ("images", 13)
+
+
+def test_without_validation_the_proof_alone_is_replayed(cli, models):
+    ran = cli("export", "coat_lite_toy", "--models", models, "--no-validate", "--json")
+    assert (ran.status, ran.json["agreement"]) == (0, {})
+    assert cli("selftest", "coat_lite_toy", "--models", models).status == 0
+    assert "not validated" in cli("export", "coat_toy", "--models", models, "--no-validate").out
+
+
+def test_an_artifact_below_the_bar_is_not_written(cli, models):
+    before = {path: path.read_bytes() for path in models.rglob("*") if path.is_file()}
+    words = ("--size", "96", "--max-abs-difference", "0", "--json")
+    ran = cli("export", "coat_lite_toy", "--models", models, *words)
+    assert (ran.status, ran.out) == (3, "")
+    assert ran.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in models.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("size", ["dynamic", "96x64"])
+def test_a_size_of_its_own_goes_into_the_name(size, cli, models):
+    ran = cli("export", "coat_lite_toy", "--models", models, "--size", size, "--json")
+    assert ran.status == 0
+    assert ran.json["name"] == f"onnxruntime-fp32-{size}"
+    assert ran.json["size"] == (None if size == "dynamic" else [96, 64])
+
+
+def test_a_model_can_be_written_by_another_name_and_classifier(cli, models, tmp_path):
+    (tmp_path / "names.txt").write_text("yes\nno\n\n")
+    words = ("--as", "mine", "--labels", tmp_path / "names.txt", "--weights", "random")
+    ran = cli("export", "coat_lite_toy", "--models", models, *words, "--json")
+    assert ran.status == 0, ran.err
+    spec = json.loads((models / "mine" / "config.json").read_text())
+    assert (spec["num_classes"], spec["label_names"]) == (2, ["yes", "no"])
+
+
+def test_feature_maps_have_no_top1(cli, models):
+    ran = cli("export", "coat_toy", "--models", models, "--features", "--json")
+    assert ran.status == 0
+    assert ran.json["name"] == "onnxruntime-fp32-features"
+    assert ran.json["agreement"]["top1_agreement"] is None
+
+
+@pytest.mark.parametrize(
+    ("total", "text"), [(4 << 20, "a.pth 1.0 of 4.0 MiB"), (None, "a.pth 1.0 MiB")]
+)
+def test_downloads_are_told_in_mib(total, text):
+    assert describe_download("a.pth", 1 << 20, total) == text

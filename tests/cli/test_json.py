@@ -1,0 +1,117 @@
+"""docs/json.md promises keys; here every command keeps them, and stdout holds nothing else."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "json.md"
+
+VALUES = ("skipped", "versions", "files", "tools", "record", "targets", "published")
+"""Objects whose keys are data: names of files, packages, targets."""
+
+
+def documented(heading: str) -> dict[str, Any]:
+    section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    found = re.search(r"```json\n(.*?)```", section, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def paths(document: Any, above: str = "") -> set[str]:
+    """Every key, with those above it: `results[].p50_ms`."""
+    if isinstance(document, list):
+        return set().union(*(paths(item, f"{above}[]") for item in document))
+    if not isinstance(document, dict) or above.rpartition(".")[2] in VALUES:
+        return {above}
+    return {above}.union(*(paths(value, f"{above}.{key}") for key, value in document.items()))
+
+
+def promised(heading: str) -> set[str]:
+    return paths(documented(heading))
+
+
+@pytest.fixture
+def labelled(photos: Path, tmp_path: Path) -> Path:
+    """Photographs in folders named by labels of the toy models."""
+    for i, photo in enumerate(sorted(photos.iterdir())):
+        folder = tmp_path / "labelled" / ("dress", "hat")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / photo.name).symlink_to(photo)
+    return tmp_path / "labelled"
+
+
+def test_export_prints_what_is_documented(cli, models, photos):
+    ran = cli("export", "coat_lite_toy", "--models", models, "--images", photos, "--json")
+    assert (ran.status, ran.err) == (0, "")
+    assert promised("export") | paths(documented("Agreement"), ".agreement") <= paths(ran.json)
+    assert ran.json["agreement"]["source"] == "images"
+
+
+def test_validate_prints_what_is_documented(cli, models, labelled, damage):
+    damage(models / "coat_lite_toy", "serial_blocks2.0.mlp.fc1")
+    words = ("--images", labelled, "--by-block", "--json")
+    ran = cli("validate", "coat_lite_toy", "--models", models, *words)
+    assert ran.status == 3
+    assert promised("validate") | paths(documented("Agreement")) <= paths(ran.json)
+
+
+def test_predict_prints_what_is_documented(cli, models, photos):
+    ran = cli("predict", "coat_lite_toy", photos, "--models", models, "--json")
+    assert (ran.status, ran.err) == (0, "")
+    assert promised("predict") <= paths(ran.json)
+
+
+def test_selftest_prints_what_is_documented(cli, models):
+    ran = cli("selftest", "coat_lite_toy", "--models", models, "--json")
+    assert (ran.status, ran.err) == (0, "")
+    assert promised("selftest") <= paths(ran.json)
+
+
+def test_models_prints_what_is_documented(cli, models):
+    ran = cli("models", "--models", models, "--json")
+    assert (ran.status, ran.err) == (0, "")
+    assert promised("models") <= paths(ran.json)
+
+
+def test_models_show_prints_what_is_documented(cli, models):
+    ran = cli("models", "show", "coat_lite_toy", "--models", models, "--json")
+    assert (ran.status, ran.err) == (0, "")
+    assert promised("models show") <= paths(ran.json)
+
+
+def test_doctor_prints_what_is_documented(cli):
+    ran = cli("doctor", "--json")
+    assert promised("doctor") <= paths(ran.json)
+
+
+def test_bench_prints_what_is_documented(cli, models):
+    words = ("--targets", "onnxruntime", "--budget", "0.1", "--threads", "1", "--json")
+    ran = cli("bench", "coat_lite_toy", "--models", models, *words)
+    assert (ran.status, ran.err) == (0, "")
+    assert promised("bench") <= paths(ran.json)
+    assert paths(documented("Agreement"), ".results[].agreement") <= paths(ran.json)
+
+
+@pytest.mark.parametrize("format", ["table", "json"])
+def test_results_go_to_stdout_and_all_else_to_stderr(format, script, models, own_photos):
+    """In a process of its own, where a runtime's own printing would show."""
+    (own_photos / "torn.jpg").write_bytes(b"\xff\xd8 no more")
+    flags = ("--json",) if format == "json" else ()
+    words = ("--models", models, "--images", own_photos, "--target", "openvino", *flags)
+    ran = script("validate", "coat_lite_toy", *words)
+    assert ran.status == 0
+    assert "torn.jpg" in ran.err and len(ran.err.splitlines()) == 2
+    if format == "json":
+        assert list(ran.json["skipped"]) == [str(own_photos / "torn.jpg")]
+    else:
+        assert ran.out.startswith("PASSED: coat_lite_toy openvino-fp32 ")
+        assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_an_error_leaves_stdout_empty(script, bare):
+    ran = script("export", "coat_lite_toy", "--models", bare, "--json")
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.count("\n") == 1

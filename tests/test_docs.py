@@ -1,0 +1,65 @@
+"""Pages that would rot: the commands in the README, and docs/cli.md."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from coat_deploy.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def console_lines(page: str) -> list[str]:
+    """The `$ coat-deploy ...` lines of a page's console blocks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    return re.findall(r"^\$ (coat-deploy [^#\n]*)", "\n".join(blocks), re.MULTILINE)
+
+
+def inline_commands(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [" ".join(c.split()) for c in re.findall(r"`(coat-deploy [a-z][^`]*)`", text)]
+
+
+PAGES = sorted(
+    page
+    for folder in (".", "docs", "docs/decisions", "models")
+    for page in ROOT.glob(f"{folder}/*.md")
+)
+COMMANDS = [
+    *console_lines("README.md"),
+    *inline_commands("README.md"),
+    *inline_commands("models/README.md"),
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_in_a_page_is_one_the_program_takes(line):
+    name, *arguments = shlex.split(line)[1:]
+    group = typer.main.get_command(app)
+    command = group.commands[name]
+    command.make_context(name, arguments)  # parses, and raises for what does not exist
+
+
+def test_readme_shows_commands():
+    assert len(COMMANDS) > 8
+
+
+def test_cli_page_is_what_help_prints():
+    path = ROOT / "docs" / "write_cli.py"
+    spec = importlib.util.spec_from_file_location("write_cli", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written == module.page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_to_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
