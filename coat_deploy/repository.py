@@ -10,7 +10,6 @@ from pathlib import Path
 
 from coat_deploy.errors import SpecError, UsageError, unknown_name
 from coat_deploy.model import CONFIG, Model
-from coat_deploy.model import ArtifactQuery as ArtifactQuery  # while imports move
 from coat_deploy.spec import ModelSpec
 
 MODELS_VARIABLE = "COAT_MODELS"

@@ -26,6 +26,8 @@ MODEL_ARGS: Mapping[str, tuple[bool | str, ...]] = {
     "co_scale": ("interpolation", "direct", "none"),
 }
 """Network switches that `model_args` of a config may set, and to what: see `network.coat.CoaT`."""
+TIMM_ARGS = {"in_chans": 3, "global_pool": "token"}
+"""What timm writes among `model_args`, beside sizes that stand elsewhere too, and we can only be."""
 
 MAX_SIDE = 4096
 """Largest input side accepted from a config or a flag: a typing error, not an image, beyond it."""
@@ -175,7 +177,7 @@ class _Reader:
             label_names=self.label_names(document.get("label_names"), num_classes),
             label_set=self.text(document, "label_set", required=False),
             weights=self.weights(document.get("weights")),
-            model_args=self.model_args(document.get("model_args")),
+            model_args=self.model_args(document.get("model_args"), num_classes),
         )
 
     def text(self, document: Mapping[str, Any], key: str, required: bool = True) -> Any:
@@ -196,17 +198,21 @@ class _Reader:
             raise self.fail(f"'label_names' has {len(names)} names for {num_classes} classes.")
         return tuple(names or ())
 
-    def model_args(self, args: Any) -> dict[str, Any]:
+    def model_args(self, args: Any, num_classes: int) -> dict[str, Any]:
+        """Return our switches; timm's are checked and left out."""
         if not isinstance(args or {}, dict):
             raise self.fail(f"'model_args' must be an object (got {args!r:.60}).")
-        for key, value in (args or {}).items():
-            if key not in MODEL_ARGS:
+        fixed = {**TIMM_ARGS, "num_classes": num_classes}
+        known: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in fixed.items()}
+        known |= MODEL_ARGS
+        switches = {key: value for key, value in (args or {}).items() if key != "img_size"}
+        for key, value in switches.items():
+            if key not in known:
                 raise self.fail(unknown_name("network switch in 'model_args'", key, MODEL_ARGS))
-            allowed = MODEL_ARGS[key]
-            if type(value) is not type(allowed[0]) or value not in allowed:
-                choices = ", ".join(json.dumps(choice) for choice in allowed)
-                raise self.fail(f"'model_args.{key}' must be one of {choices} (got {value!r:.60}).")
-        return dict(args or {})
+            if type(value) is not type(known[key][0]) or value not in known[key]:
+                choices = " or ".join(json.dumps(choice) for choice in known[key])
+                raise self.fail(f"'model_args.{key}' must be {choices} (got {value!r:.60}).")
+        return {key: value for key, value in switches.items() if key in MODEL_ARGS}
 
     def preprocess(self, cfg: Mapping[str, Any]) -> Preprocess:
         crop_pct = cfg.get("crop_pct", 0.875)

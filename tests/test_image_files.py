@@ -1,5 +1,6 @@
 """Finding images in files and folders, with the labels of class folders."""
 
+import os
 from pathlib import Path
 
 import pytest

@@ -183,17 +183,30 @@ def test_a_proof_that_went_missing_since_is_refused_by_the_selftest(folder):
 def test_a_refused_runner_is_closed(folder, monkeypatch):
     content, proof = changed_graph(folder)
     replace_files(folder, {"onnxruntime-fp32.onnx": content, "onnxruntime-fp32.proof.npz": proof})
-    runners = []
+    closed = []
 
     def load(*args):
-        runners.append(load_unchecked(*args))
-        return runners[-1]
+        runner = load_unchecked(*args)
+        leave = type(runner).__exit__
+
+        class Watched(type(runner)):
+            def __exit__(self, *reason):
+                closed.append(True)
+                leave(self, *reason)
+
+        runner.__class__ = Watched
+        return runner
 
     monkeypatch.setattr(open_module, "load_unchecked", load)
     with pytest.raises(BelowBar):
         opened(folder)
-    with pytest.raises(AttributeError):
-        runners[0].run(np.zeros((1, 3, 64, 64), np.float32))
+    assert closed == [True]
+
+
+def test_a_runner_that_passed_is_left_open(folder):
+    runner = opened(folder)
+    assert runner.run(np.zeros((1, 3, 64, 64), np.float32))
+    runner.__exit__(None, None, None)
 
 
 def test_eager_without_weights_is_told_with_the_command(folder):

@@ -146,14 +146,22 @@ def test_a_bad_field_is_named_with_its_file(field, value):
         ({"cpee": True}, "Did you mean 'cpe'?"),
         ({"cpe": "yes"}, "'model_args.cpe'"),
         ({"crpe": 1}, "'model_args.crpe'"),
-        ({"co_scale": "both"}, '"interpolation", "direct", "none"'),
+        ({"co_scale": "both"}, '"interpolation" or "direct" or "none"'),
         ({"co_scale": ["direct"]}, "'model_args.co_scale'"),
+        ({"in_chans": 1}, "'model_args.in_chans' must be 3"),
+        ({"global_pool": "avg"}, "'model_args.global_pool' must be \"token\""),
+        ({"num_classes": 5}, "'model_args.num_classes' must be 3"),
     ],
 )
 def test_a_bad_network_switch_is_named(args, named):
     with pytest.raises(SpecError) as caught:
         ModelSpec.from_json(changed(model_args=args))
     assert named in str(caught.value)
+
+
+def test_timms_own_arguments_say_what_a_coat_is_anyway():
+    timms = {"in_chans": 3, "num_classes": 1000, "global_pool": "token", "img_size": [224, 224]}
+    assert ModelSpec.from_json(TIMMS | {"model_args": timms}) == ModelSpec.from_json(TIMMS)
 
 
 def test_network_switches_are_those_of_the_network():

@@ -27,19 +27,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NAME = "coat-deploy"
-INTERRUPTED = 128 + signal.SIGINT
-_ENDING = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-"""Signals that ask us to end; Ctrl-C is Python's own affair."""
+SIGNALS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    getattr(signal, "SIGHUP", signal.SIGTERM): "terminated",
+}
+"""Signals that ask us to end, and what we say then."""
 
 settings = {"debug": False}
-
-
-class Terminated(KeyboardInterrupt):
-    """A signal asks us to end; an exception, so that what is open is cleaned up on the way."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 def complete_model(context: typer.Context, incomplete: str) -> list[str]:
@@ -95,42 +90,57 @@ StrictOption = Annotated[
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn errors that are the user's to mend into one line and an exit status."""
+    """Turn errors that are the user's to mend, and signals, into one line and an exit status."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _ended_by_signals():
+        with _interrupted_by_signals() as received:
             try:
                 return command(*args, **kwargs)
-            except CoatDeployError as error:
-                if settings["debug"]:
-                    traceback.print_exc()
-                fail(str(error), error.exit_status)
-            except Terminated as error:
-                fail("terminated; nothing was left half done.", 128 + error.number)
-            except KeyboardInterrupt:
-                fail("interrupted; nothing was left half done.", INTERRUPTED)
             except BrokenPipeError:
                 _silence(sys.stdout)  # whoever read our output has enough
                 raise typer.Exit(0) from None
-            except MemoryError:
-                fail("out of memory. Use a smaller --batch or --size.", 1)
+            except (Exception, KeyboardInterrupt) as error:
+                # An import or a runtime that a signal meets may make any other error of it.
+                status, message = _explain(error, received)
+                if message is None:
+                    raise
+                if settings["debug"]:
+                    traceback.print_exc()
+                fail(message, status)
 
     return run
 
 
+def _explain(error: BaseException, received: Sequence[int]) -> tuple[int, str | None]:
+    """Return exit status and message for what ended a command; None for our own mistakes."""
+    if isinstance(error, KeyboardInterrupt) or received:
+        number = received[0] if received else signal.SIGINT
+        return 128 + number, f"{SIGNALS[signal.Signals(number)]}; nothing was left half done."
+    if isinstance(error, CoatDeployError):
+        return error.exit_status, str(error)
+    if isinstance(error, MemoryError):
+        return 1, "out of memory. Use a smaller --batch or --size."
+    return 1, None
+
+
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let signals that ask us to end raise `Terminated`; one that is ignored (nohup) stays so."""
+def _interrupted_by_signals() -> Iterator[list[int]]:
+    """Let signals raise KeyboardInterrupt, so that what is open is cleaned up; note which came.
 
-    def end(number: int, _frame: object) -> NoReturn:
-        raise Terminated(number)
+    One that is ignored, as under nohup, stays so.
+    """
+    received: list[int] = []
 
-    before = {s: signal.getsignal(s) for s in _ENDING if signal.getsignal(s) != signal.SIG_IGN}
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {s: signal.getsignal(s) for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
     for number in before:
-        signal.signal(number, end)
+        signal.signal(number, interrupt)
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

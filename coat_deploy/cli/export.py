@@ -143,6 +143,8 @@ def export(
     repository = Repository.open(models)
     fixed, dynamic = read_size(size)
     check_sizes([fixed] if fixed else [], repository.find(model).spec)
+    if rename == "":
+        raise UsageError("--as: an empty name (got ''). Give one, or leave it out.")
     with console.steps(f"exporting {model}") as tell:
         options = ExportOptions(
             target=target,

@@ -11,6 +11,7 @@ from coat_deploy.errors import (
     BelowBar,
     CoatDeployError,
     RepositoryError,
+    SpecError,
     UsageError,
     unknown_name,
 )
@@ -100,6 +101,8 @@ def test(model: "Model", artifact: "Artifact", threads: int | None) -> dict[str,
         load = Source(model, artifact.target, artifact).loader(LoadOptions(threads=threads))
         with load() as runner:
             agreement = replay(model, artifact, runner)
+    except SpecError:
+        raise  # it is the model's, not the artifact's
     except CoatDeployError as error:
         return result | {"passed": False, "error": str(error)}
     seconds = round(time.perf_counter() - start, 3)

@@ -126,7 +126,6 @@ def wrapped(error: BaseException) -> Callable[[], None]:
         (UsageError("a name: is wrong."), 2, "a name: is wrong."),
         (BelowBar("an artifact: no."), 3, "an artifact: no."),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (console.Terminated(signal.SIGTERM), 143, "terminated"),
         (MemoryError(), 1, "--batch"),
     ],
 )
@@ -138,6 +137,30 @@ def test_a_failing_command_says_one_line_and_exits(error, status, said, capsys, 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert said in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "word"), console.SIGNALS.items())
+def test_a_signal_is_an_interrupt_whatever_error_it_becomes(number, word, capsys, monkeypatch):
+    """A signal that meets the import of an extension makes an ImportError of it."""
+    monkeypatch.setitem(console.settings, "debug", False)
+
+    @console.guarded
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("initialization failed") from interrupt
+
+    with pytest.raises(typer.Exit) as left:
+        command()
+    assert left.value.exit_code == 128 + number
+    assert capsys.readouterr().err.startswith(f"coat-deploy: {word}; ")
+
+
+def test_our_own_mistakes_show_their_trace():
+    with pytest.raises(AssertionError, match="ours"):
+        wrapped(AssertionError("ours"))()
 
 
 def test_a_message_of_several_lines_becomes_one(capsys):

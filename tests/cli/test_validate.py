@@ -54,7 +54,9 @@ def test_readable_images_come_once_each_beside_broken_ones(batch_sizes, broken, 
 
 
 def test_batch_sizes_that_did_not_fit_are_told(cli, models, photos):
-    ran = cli("validate", "coat_lite_toy", "--models", models, "--images", photos, "--batch", "2,64")
+    ran = cli(
+        "validate", "coat_lite_toy", "--models", models, "--images", photos, "--batch", "2,64"
+    )
     assert ran.status == 0
     assert "too few images for batches of 64" in ran.err
 
