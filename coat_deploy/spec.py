@@ -27,7 +27,7 @@ MODEL_ARGS: Mapping[str, tuple[bool | str, ...]] = {
 }
 """Network switches that `model_args` of a config may set, and to what: see `network.coat.CoaT`."""
 TIMM_ARGS = {"in_chans": 3, "global_pool": "token"}
-"""What timm writes among `model_args`, beside sizes that stand elsewhere too, and we can only be."""
+"""What timm writes among `model_args`, beside sizes that stand elsewhere; it has no choice."""
 
 MAX_SIDE = 4096
 """Largest input side accepted from a config or a flag: a typing error, not an image, beyond it."""

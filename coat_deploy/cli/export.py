@@ -217,7 +217,7 @@ def render(exported: "Exported") -> str:
         verdict += "" if agreement["source"] == "images" else " images"
     facts: list[tuple[str, object]] = [
         ("artifact", exported.path),
-        ("bytes", f"{exported.path.stat().st_size / 2**20:.1f} MiB"),
+        ("on disk", f"{exported.path.stat().st_size / 2**20:.1f} MiB"),
         ("sha256", artifact.sha256),
         ("agrees with PyTorch", verdict),
     ]

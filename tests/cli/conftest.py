@@ -1,6 +1,7 @@
 """Toy models, photographs and two ways to run a command: in this process, and in one of its own."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from coat_deploy.cli.app import main
+from coat_deploy.measure import bench as measure
 from coat_deploy.measure.proof import probe_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,3 +187,12 @@ def damage() -> Callable[..., None]:
         onnx.save(graph, path)
 
     return change
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a bench measure as little as it can."""
+    options = functools.partial(
+        measure.BenchOptions, warmup_iterations=1, warmup_s=0, min_rounds=6, slice_ms=5
+    )
+    monkeypatch.setattr(measure, "BenchOptions", options)

@@ -6,6 +6,8 @@ from coat_deploy.cli.contenders import Entry
 from coat_deploy.errors import UsageError
 from coat_deploy.model import Model
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 QUICK = ("--budget", "0.1", "--threads", "1")
 
 

@@ -87,7 +87,7 @@ def test_doctor_prints_what_is_documented(cli):
     assert promised("doctor") <= paths(ran.json)
 
 
-def test_bench_prints_what_is_documented(cli, models):
+def test_bench_prints_what_is_documented(cli, models, brief):
     words = ("--targets", "onnxruntime", "--budget", "0.1", "--threads", "1", "--json")
     ran = cli("bench", "coat_lite_toy", "--models", models, *words)
     assert (ran.status, ran.err) == (0, "")

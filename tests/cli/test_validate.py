@@ -239,3 +239,17 @@ def test_photographs_of_every_kind_are_read(cli, models, tmp_path, photos):
         photo.save(tmp_path / "kinds" / name)
     _, report = validated(cli, models, tmp_path / "kinds")
     assert (report["images"], report["skipped"]) == (5, {})
+
+
+def test_a_file_that_changed_but_agrees_fails_all_the_same(cli, models, photos):
+    import onnx
+
+    path = models / "coat_lite_toy" / "1" / "onnxruntime-fp32.onnx"
+    graph = onnx.load(path)
+    graph.doc_string = "edited"
+    onnx.save(graph, path)
+    ran = cli("validate", "coat_lite_toy", "--models", models, "--images", photos, "--json")
+    assert (ran.status, ran.json["passed"], ran.json["file_as_exported"]) == (3, False, False)
+    warning, line = ran.err.splitlines()
+    assert warning.startswith("warning: ") and "coat-deploy export coat_lite_toy" in warning
+    assert "its file changed, though it still agrees" in line
