@@ -113,7 +113,7 @@ def export(
     recipe = _recipe(spec, options)
     require(options.target)
     require("eager")
-    home = repository.new(options.rename) if options.rename else repository.home(source)
+    home = repository.home(source) if options.rename is None else repository.new(options.rename)
     _ = home.artifacts  # a manifest that cannot be read is told now, not after the work
     tell = progress or (lambda step: None)
     with home.staging() as staging:

@@ -59,9 +59,13 @@ class ArtifactQuery:
 
 @dataclass(frozen=True)
 class Model:
-    """A folder: a spec, weights, artifacts. Knows no runtime."""
+    """A folder: a spec, weights, artifacts. Knows no runtime.
+
+    `written_to` is the repository that exports of it go to, where that is not the one it is in.
+    """
 
     folder: Path
+    written_to: Path | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -164,15 +168,16 @@ class Model:
             words += ["--size", format_size(wanted.size)]
         if wanted.features:
             words.append("--features")
-        return shlex.join([*words, "--models", str(self.folder.parent)])
+        return shlex.join([*words, "--models", str(self.written_to or self.folder.parent)])
 
     def check_parents(self, artifact: Artifact) -> None:
-        """Raise StaleArtifact when the weights or the config changed after the export."""
-        weights = sha256_file(self.weights_path) if self.weights_path.exists() else "nothing"
-        parents = [
-            (CONFIG, artifact.spec_digest, self.spec.digest()),
-            (WEIGHTS, artifact.weights_sha256, weights),
-        ]
+        """Raise StaleArtifact when the weights or the config changed after the export.
+
+        Weights that are not there cannot have changed: an artifact may travel without them.
+        """
+        parents = [(CONFIG, artifact.spec_digest, self.spec.digest())]
+        if self.weights_path.exists():
+            parents.append((WEIGHTS, artifact.weights_sha256, sha256_file(self.weights_path)))
         for name, exported, present in parents:
             if exported != present:
                 raise StaleArtifact(

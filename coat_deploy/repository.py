@@ -3,6 +3,7 @@
 A name is sought in `--models DIR`, `$COAT_MODELS`, `./models`, then among the published configs.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from coat_deploy.model import CONFIG, Model
 from coat_deploy.spec import ModelSpec
 
 MODELS_VARIABLE = "COAT_MODELS"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,12 @@ class Repository:
             return Model(folder if folder.name not in ("", "..") else folder.resolve())
         for root in self.roots:
             if _is_name(name) and _holds_model(root / name):
-                return Model(root / name)
+                return self._at(root, name)
         known = [model.name for model in self.models()]
         raise UsageError(f"{unknown_name('model', name, known)} Looked in: {self._places()}.")
+
+    def _at(self, root: Path, name: str) -> Model:
+        return Model(root / name, None if root == self.writable else self.writable)
 
     def _places(self) -> str:
         return ", ".join(str(root) for root in self.roots[:-1]) + ", the published configs"
@@ -58,10 +64,9 @@ class Repository:
         """Return every model by name; of one name the first found."""
         found: dict[str, Model] = {}
         for root in self.roots:
-            for config in root.glob(f"*/{CONFIG}"):
-                folder = config.parent
-                if _is_name(folder.name) and _holds_model(folder):
-                    found.setdefault(folder.name, Model(folder))
+            for name in _names_in(root):
+                if _is_name(name) and _holds_model(root / name):
+                    found.setdefault(name, self._at(root, name))
         return [found[name] for name in sorted(found)]
 
     def home(self, model: Model) -> Model:
@@ -83,6 +88,15 @@ class Repository:
                 "not hidden). Choose another, and its place with --models."
             )
         return Model(self.writable / name)
+
+
+def _names_in(root: Path) -> list[str]:
+    """Return what is in a root; nothing where it is absent or may not be read."""
+    try:
+        return os.listdir(root)
+    except OSError as error:
+        _log.info("%s: cannot be listed (%s)", root, error.strerror)
+        return []
 
 
 def _holds_model(folder: Path) -> bool:

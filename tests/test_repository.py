@@ -1,10 +1,12 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from coat_deploy import repository as repository_module
-from coat_deploy.errors import SpecError, UsageError
+from coat_deploy.errors import RepositoryError, SpecError, UsageError
+from coat_deploy.model import ArtifactQuery
 from coat_deploy.repository import Repository, published_configs, read_labels
 from coat_deploy.spec import ModelSpec, Preprocess
 
@@ -171,6 +173,25 @@ def test_the_first_root_is_known_by_any_path_to_it(here):
     repository = Repository.open()
     model = repository.find(str(here / "models" / "mine"))
     assert repository.home(model) == model
+
+
+def test_what_a_published_model_lacks_is_exported_to_the_first_root(repository, here):
+    with pytest.raises(RepositoryError, match=f"--models {here / FIRST}$"):
+        repository.find("coat_tiny").find(ArtifactQuery("onnxruntime"))
+
+
+def test_a_root_that_cannot_be_listed_holds_no_models(repository, here, monkeypatch):
+    put(f"{FIRST}/mine", f"{SECOND}/theirs")
+    listed = os.listdir
+
+    def refuse(path):
+        if path == here / SECOND:
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    names = [model.name for model in repository.models()]
+    assert "mine" in names and "theirs" not in names
 
 
 def test_a_new_name_is_written_to_the_first_root(repository, here):

@@ -199,7 +199,10 @@ def read_lines(path: Path) -> list[str]:
         raise UsageError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from error
-    return [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise UsageError(f"{path}: names no class (expected one a line). Check the file.")
+    return names
 
 
 def describe_download(file: str, done: int, total: int | None) -> str:

@@ -134,12 +134,12 @@ def _figures(model: "Model", spec: ModelSpec) -> dict[str, float | None]:
     if spec.preprocess.input_size != (variant.input_size, variant.input_size):
         return figures
     figures["gmacs"] = published.gmacs
-    record = model.weights_record or spec.weights
-    if record is None:
-        as_published = not model.weights_path.exists()
-    else:
-        digest = record.sha256 or ""
-        as_published = record.source in ("timm", "official") or digest.startswith(published.sha8)
+    # Weights put there by hand are of unknown origin, whatever the config points to.
+    present = model.weights_path.exists()
+    record = model.weights_record if present else spec.weights
+    digest = (record and record.sha256) or ""
+    source = record.source if record else ("unknown" if present else "official")
+    as_published = source in ("timm", "official") or digest.startswith(published.sha8)
     if as_published and spec.num_classes == PUBLISHED_CLASSES:
         figures |= {"top1": published.top1, "top5": published.top5}
     return figures
@@ -157,7 +157,8 @@ def describe(model: "Model") -> dict[str, Any]:
     if entry["error"]:
         raise RepositoryError(entry["error"])
     published = get_variant(spec.architecture).published
-    record, path = model.weights_record or spec.weights, model.weights_path
+    path = model.weights_path
+    record = model.weights_record if path.exists() else spec.weights
     named = "label_names" if spec.label_names else spec.label_set
     return entry | {
         "num_features": spec.num_features,
