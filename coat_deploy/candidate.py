@@ -20,7 +20,7 @@ from coat_deploy.graph.form import get_form
 from coat_deploy.graph.metadata import add_metadata
 from coat_deploy.graph.serialise import serialise
 from coat_deploy.images import normalise
-from coat_deploy.measure.agreement import Bar
+from coat_deploy.measure.bar import Bar
 from coat_deploy.measure.proof import Proof, make_proof, probe_images, replay
 from coat_deploy.measure.validate import Batch, Validation, batch_sizes_in_turn, validate
 from coat_deploy.model import VERSION, WEIGHTS, Staging

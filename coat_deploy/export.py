@@ -21,7 +21,7 @@ from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.graph.author import DEFAULT_OPSET, check_opset
 from coat_deploy.graph.coat import check_size
 from coat_deploy.graph.form import FORM_NAMES, FORMS
-from coat_deploy.measure.agreement import Bar, get_bar
+from coat_deploy.measure.bar import Bar, get_bar
 from coat_deploy.measure.validate import Validation
 from coat_deploy.model import WEIGHTS, Model, Staging
 from coat_deploy.network.variants import get_variant

@@ -31,7 +31,7 @@ from coat_deploy.errors import (  # noqa: E402
 )
 from coat_deploy.export import Exported, ExportOptions, export  # noqa: E402
 from coat_deploy.graph.metadata import read_metadata  # noqa: E402
-from coat_deploy.measure.agreement import get_bar  # noqa: E402
+from coat_deploy.measure.bar import get_bar  # noqa: E402
 from coat_deploy.model import ArtifactQuery, Model  # noqa: E402
 from coat_deploy.network.weights import WeightsOptions  # noqa: E402
 from coat_deploy.open import find_source, open_source  # noqa: E402

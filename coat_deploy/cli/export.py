@@ -13,7 +13,7 @@ from coat_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from coat_deploy.export import Exported
-    from coat_deploy.measure.agreement import Bar
+    from coat_deploy.measure.bar import Bar
 
 GRAPH, CHECKS, CLASSES = "The graph", "Its validation", "Another classifier than the config's"
 
@@ -183,7 +183,7 @@ def read_bar(
     precision: str | None, max_abs_difference: float | None, min_top1_agreement: float | None
 ) -> "Bar | None":
     """Return the precision's bar with the limits given, None without any."""
-    from coat_deploy.measure.agreement import BARS
+    from coat_deploy.measure.bar import BARS
 
     given = {"max_abs_difference": max_abs_difference, "min_top1_agreement": min_top1_agreement}
     limits = {name: value for name, value in given.items() if value is not None}

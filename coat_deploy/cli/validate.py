@@ -112,7 +112,7 @@ def validate(
     from coat_deploy.cli.inputs import find, match_labels
     from coat_deploy.cli.validation_report import render
     from coat_deploy.graph.taps import block_taps
-    from coat_deploy.measure.agreement import get_bar
+    from coat_deploy.measure.bar import get_bar
     from coat_deploy.measure.validate import validate as run
     from coat_deploy.model import ArtifactQuery
     from coat_deploy.open import load_unchecked

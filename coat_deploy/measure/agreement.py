@@ -1,14 +1,13 @@
-"""How closely a candidate's outputs follow the reference's, and how close is close enough.
+"""How closely a candidate's outputs follow the reference's.
 
 Every figure is computed in float64, image by image; only a row of scalars an image is kept.
 Logits (B, K) have all figures; feature maps (B, C, h, w) have no classes, so their class figures
 are None. Of several outputs the worst figure counts.
 
 A value that is NaN or infinite makes every figure of its image NaN and its top-1 a disagreement,
-and no `Bar` ever lets it pass: limits are written so that NaN fails them.
+and no bar (`bar.py`) ever lets it pass.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coat_deploy.errors import RunnerError, UsageError, unknown_name
+from coat_deploy.errors import RunnerError
 from coat_deploy.runner import LOGITS, Array
 
 FULL_SCALE = 20.0
@@ -283,146 +282,3 @@ def _log_softmax(x: _Doubles) -> _Doubles:
     y = x - x.max(axis=1, keepdims=True)
     result: _Doubles = y - np.log(np.exp(y).sum(axis=1, keepdims=True))
     return result
-
-
-@dataclass(frozen=True)
-class Bar:
-    """Limits an `Agreement` must keep; None sets no limit, a value that is not finite fails all.
-
-    `max_abs_difference` is held against `Agreement.max_scaled_difference`: absolute for outputs
-    up to `FULL_SCALE`. `max_kl_divergence` and `min_centred_cosine` are held against means.
-    `near_tie`: an image whose first class differs still agrees when the reference's own lead is
-    no more than this: two logits that each move by d change places when they are 2d apart.
-    Raises: UsageError for a limit that no figure can be held against.
-    """
-
-    max_abs_difference: float | None = None
-    max_relative_l2: float | None = None
-    min_centred_cosine: float | None = None
-    min_top1_agreement: float | None = None
-    min_top5_overlap: float | None = None
-    max_kl_divergence: float | None = None
-    near_tie: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            top = 1.0 if name.startswith("min_") else math.inf
-            if value is not None and not (0 <= value <= top and math.isfinite(value)):
-                expected = "0 to 1" if top == 1 else "0 or more"
-                raise UsageError(f"bar: '{name}' cannot be (got {value}, expected {expected}).")
-
-    def override(self, **limits: float | None) -> "Bar":
-        """Return the bar with some limits replaced, None taking one away.
-
-        Raises: UsageError for an unknown limit, with the nearest one, or an impossible value.
-        """
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in limits:
-            if name not in known:
-                raise UsageError(f"bar: {unknown_name('limit', name, known)}")
-        if limits.get("near_tie", 0.0) is None:
-            limits["near_tie"] = 0.0
-        return dataclasses.replace(self, **limits)  # type: ignore[arg-type]
-
-    def for_few_images(self) -> "Bar":
-        """Return the bar for a handful of images, where a share or a mean is coarse.
-
-        One image of two is 50%, so classes are not counted; a mean over few may lie four times
-        as far from perfect. The worst case of a difference is as telling on one image as on many.
-        """
-        cosine, kl = self.min_centred_cosine, self.max_kl_divergence
-        return self.override(
-            min_top1_agreement=None,
-            min_top5_overlap=None,
-            min_centred_cosine=None if cosine is None else max(0.0, 1 - 4 * (1 - cosine)),
-            max_kl_divergence=None if kl is None else 4 * kl,
-        )
-
-    def excused(self, agreement: Agreement) -> int:
-        """Return how many of the images whose first class differs are near ties."""
-        return sum(margin <= self.near_tie for margin in agreement.flip_margins)
-
-    def failures(self, agreement: Agreement) -> tuple[str, ...]:
-        """Return a sentence for every limit the agreement does not keep; none is a pass."""
-        found = []
-        if not agreement.finite:
-            found.append(
-                f"{agreement.non_finite_reference} values of the reference and "
-                f"{agreement.non_finite_candidate} of the candidate are NaN or infinite, "
-                f"first in {agreement.worst_image}."
-            )
-        found += self._values_above(agreement)
-        found += self._shares_below(agreement)
-        limits = [value for name, value in self.to_json().items() if name != "near_tie"]
-        if any(limit is not None for limit in limits) and not self._applies(agreement):
-            found.append("no limit of the bar applies to feature maps. Set max_abs_difference.")
-        return tuple(found)
-
-    def _values_above(self, agreement: Agreement) -> list[str]:
-        scaled = "" if agreement.max_scaled_difference == agreement.max_abs_difference else (
-            f" (scaled from {agreement.max_abs_difference:.3g})"
-        )  # fmt: skip
-        rows = (
-            ("max |delta|", agreement.max_scaled_difference, self.max_abs_difference,
-             f"{scaled}, worst in {agreement.worst_image}"),
-            ("relative L2", agreement.relative_l2, self.max_relative_l2, ""),
-            ("mean KL divergence", agreement.kl_divergence, self.max_kl_divergence, ""),
-        )  # fmt: skip
-        return [
-            f"{name} is {value:.3g}, above {limit:g}{more}."
-            for name, value, limit, more in rows
-            if limit is not None and value is not None and not value <= limit
-        ]
-
-    def _shares_below(self, agreement: Agreement) -> list[str]:
-        found = []
-        limit, cosine = self.min_centred_cosine, agreement.centred_cosine
-        if limit is not None and not cosine >= limit:
-            found.append(f"mean centred cosine is {cosine:.6f}, below {limit:g}.")
-        limit, overlap = self.min_top5_overlap, agreement.top5_overlap
-        if limit is not None and overlap is not None and not overlap >= limit:
-            found.append(f"top-5 overlap is {overlap:.2%}, below {limit:.2%}.")
-        limit = self.min_top1_agreement
-        if limit is not None and agreement.top1_agreement is not None:
-            flips, excused = len(agreement.flip_margins), self.excused(agreement)
-            agreed = (agreement.images - flips + excused) / agreement.images
-            if not agreed >= limit:
-                found.append(
-                    f"top-1 agreement is {agreed:.2%}, below {limit:.2%} ({flips} of "
-                    f"{agreement.images} images differ, {excused} of them near ties)."
-                )
-        return found
-
-    def _applies(self, agreement: Agreement) -> bool:
-        """Whether any limit has a figure to be held against."""
-        everywhere = (self.max_abs_difference, self.max_relative_l2, self.min_centred_cosine)
-        return agreement.top1_agreement is not None or any(v is not None for v in everywhere)
-
-    def to_json(self) -> dict[str, float | None]:
-        """Return the limits by name."""
-        return dataclasses.asdict(self)
-
-
-BARS: dict[str, Bar] = {
-    # Exact: only the order of sums differs, measured 8e-6 at most on logits of size 1 to 20. The
-    # relative limit keeps networks whose logits are small honest. Every image must agree, unless
-    # the reference itself hardly prefers its first class: 2e-4 is twice the tolerance.
-    "fp32": Bar(1e-4, max_relative_l2=1e-4, min_top1_agreement=1.0, near_tie=2e-4),
-    # 10 fraction bits, as fp16.
-    "tf32": Bar(min_centred_cosine=0.9995, min_top1_agreement=0.98),
-    "fp16": Bar(min_centred_cosine=0.9995, min_top1_agreement=0.98),
-    # 7 fraction bits; OpenVINO on AMX measured 0.999 to 0.9999 and 0.98.
-    "bf16": Bar(min_centred_cosine=0.999, min_top1_agreement=0.97),
-    # onnxruntime with dynamic activations measured 0.994 to 0.997 and 0.94 to 0.97, a careless
-    # quantization 0.65 and 0.70; the bar is what a good one reaches.
-    "int8": Bar(min_centred_cosine=0.995, min_top1_agreement=0.97),
-}
-"""The bar of each precision. Agreement is measured on the images given, often with random
-weights, whose classes lie closer together than a trained network's: trained ones do better."""
-
-
-def get_bar(precision: str) -> Bar:
-    """Return the bar of `precision`. Raises UsageError with the nearest name."""
-    if precision not in BARS:
-        raise UsageError(unknown_name("precision", precision, BARS))
-    return BARS[precision]

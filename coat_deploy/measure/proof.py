@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from coat_deploy.errors import BelowBar, CorruptArtifact, RunnerError, UsageError
 from coat_deploy.images import normalise
-from coat_deploy.measure.agreement import Agreement, AgreementMeter, Bar
+from coat_deploy.measure.agreement import Agreement, AgreementMeter
+from coat_deploy.measure.bar import Bar
 from coat_deploy.runner import Array, Pixels, Runner
 from coat_deploy.spec import MAX_SIDE, Preprocess, Size, format_size
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from coat_deploy.errors import UsageError
 from coat_deploy.measure.accuracy import Accuracy, AccuracyMeter
-from coat_deploy.measure.agreement import Agreement, AgreementMeter, Bar
+from coat_deploy.measure.agreement import Agreement, AgreementMeter
+from coat_deploy.measure.bar import Bar
 from coat_deploy.runner import LOGITS, Array, Pixels, Runner
 from coat_deploy.spec import Size, format_size
 

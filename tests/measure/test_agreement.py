@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from coat_deploy.errors import RunnerError, UsageError
-from coat_deploy.measure.agreement import BARS, Agreement, AgreementMeter, Bar, get_bar
+from coat_deploy.measure.agreement import Agreement, AgreementMeter
+from coat_deploy.measure.bar import BARS, Bar, get_bar
 
 RANDOM = np.random.Generator(np.random.PCG64(7))
 LOGITS = RANDOM.normal(0, 3, (6, 12)).astype(np.float32)

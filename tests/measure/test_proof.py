@@ -8,7 +8,7 @@ import pytest
 
 from coat_deploy.errors import BelowBar, CorruptArtifact, RunnerError, UsageError
 from coat_deploy.measure import proof as proof_module
-from coat_deploy.measure.agreement import BARS, Bar
+from coat_deploy.measure.bar import BARS, Bar
 from coat_deploy.measure.proof import Proof, make_proof, probe_images, replay
 from coat_deploy.runner import TensorSpec
 from coat_deploy.spec import Preprocess

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coat_deploy.errors import RunnerError, UsageError
-from coat_deploy.measure.agreement import BARS
+from coat_deploy.measure.bar import BARS
 from coat_deploy.measure.validate import Batch, batch_sizes_in_turn, validate
 from coat_deploy.runner import TensorSpec
 
