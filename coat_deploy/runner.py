@@ -1,5 +1,6 @@
 """What every runtime looks like from outside: load a file, get a Runner, feed it pixels."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,25 @@ class LoadOptions:
     compile: bool = False
     features: bool = False
     taps: tuple[str, ...] = ()
+
+
+class Closing(ABC):
+    """A context manager that ends in `close`; the base of every runner."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what is held."""
 
 
 class Runner(Protocol):

@@ -4,12 +4,20 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import RunnerError
-from coat_deploy.runner import FEATURES, INPUT, LOGITS, Array, LoadOptions, Pixels, TensorSpec
+from coat_deploy.runner import (
+    FEATURES,
+    INPUT,
+    LOGITS,
+    Array,
+    Closing,
+    LoadOptions,
+    Pixels,
+    TensorSpec,
+)
 
 
 def missing() -> str | None:
@@ -48,7 +56,7 @@ def load(path: Path, options: LoadOptions) -> "EagerRunner":
     return EagerRunner(network.eval(), options)
 
 
-class EagerRunner:
+class EagerRunner(Closing):
     """Runs the network; `taps` are recorded by hooks on its blocks."""
 
     target = "eager"
@@ -73,15 +81,8 @@ class EagerRunner:
         names = FEATURES if options.features else (LOGITS,)
         self.outputs = tuple(TensorSpec(name, "float32", ("batch",)) for name in names)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Free the network and take its hooks off."""
         for hook in self._hooks:
             hook.remove()
         del self._network, self._step

@@ -4,21 +4,17 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import CorruptArtifact, RunnerError
-from coat_deploy.runner import Array, LoadOptions, Pixels, TensorSpec
+from coat_deploy.runner import Array, Closing, LoadOptions, Pixels, TensorSpec
 
 _CORRUPT = ("InvalidProtobuf", "InvalidArgument", "InvalidGraph", "NoSuchFile", "NoModel")
 """What onnxruntime calls the errors of a file that is broken, not of one it cannot run."""
 
 _DTYPES = {"float": "float32", "double": "float64"}
 """ONNX's names of types that numpy calls otherwise."""
-
-PACKAGES = ("onnxruntime", "onnxruntime-gpu")
-"""Either installs the module; both at once overwrite each other."""
 
 
 def missing() -> str | None:
@@ -66,7 +62,7 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeRunner":
     return OnnxRuntimeRunner(session)
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(Closing):
     """Runs a session; inputs and outputs are in host memory."""
 
     target = "onnxruntime"
@@ -76,15 +72,8 @@ class OnnxRuntimeRunner:
         self.inputs = tuple(map(_spec, session.get_inputs()))
         self.outputs = tuple(map(_spec, session.get_outputs()))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Free the session."""
         del self._session
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:

@@ -3,8 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from coat_deploy.runner import (
     INPUT,
     LOGITS,
     Array,
+    Closing,
     LoadOptions,
     Pixels,
     TensorSpec,
@@ -96,7 +96,7 @@ def _read(path: Path) -> Any:
     return model
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(Closing):
     """Runs one request of a compiled model; inputs and outputs are in host memory.
 
     `names` are those of the outputs, in order.
@@ -110,15 +110,8 @@ class OpenVinoRunner:
         self.inputs = (_spec(compiled.inputs[0], INPUT),)
         self.outputs = tuple(map(_spec, compiled.outputs, names))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Free the request and the compiled model."""
         del self._request, self._compiled
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
