@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -37,6 +38,15 @@ class Ran:
     def json(self) -> Any:
         """The one object on stdout."""
         return json.loads(self.out)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command run in this process sets levels and handlers for all of it."""
+    handlers = list(logging.root.handlers)
+    yield
+    logging.getLogger("coat_deploy").setLevel(logging.NOTSET)
+    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session", autouse=True)
