@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -49,13 +50,22 @@ def test_readme_shows_commands():
     assert len(COMMANDS) > 8
 
 
-def test_cli_page_is_what_help_prints():
-    path = ROOT / "docs" / "write_cli.py"
-    spec = importlib.util.spec_from_file_location("write_cli", path)
+def script(name: str) -> ModuleType:
+    """A script of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_cli_page_is_what_help_prints():
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert written == module.page(), "run `make docs`"
+    assert written == script("write_cli").page(), "run `make docs`"
+
+
+def test_figures_of_the_readme_are_those_of_the_records():
+    written = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert written == script("write_figures").page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
