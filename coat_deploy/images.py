@@ -112,8 +112,8 @@ def decode(
     except Exception as error:
         reason = str(error).rstrip(". ") or type(error).__name__
         raise ImageError(
-            f"{name}: the {plugin.format} image is damaged or cut short ({reason}). "
-            "Fetch or save it again."
+            f"{name}: the {plugin.format} image is damaged, cut short or of an unknown kind "
+            f"({reason}). Fetch or save it again."
         ) from error
 
 

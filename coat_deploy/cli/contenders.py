@@ -20,11 +20,15 @@ COMPILE, EAGER = "compile", "eager"
 
 @dataclass(frozen=True)
 class Entry:
-    """One of `--targets`: "openvino:bf16", "onnxruntime:traced", "eager:compile"."""
+    """One of `--targets`: "openvino:bf16", "onnxruntime:traced", "eager:compile".
+
+    What is not said is the target's first precision and the authored form, never whatever
+    artifact happens to be there.
+    """
 
     text: str
     target: str
-    precision: str | None
+    precision: str
     form: str | None
 
     @classmethod
@@ -46,7 +50,9 @@ class Entry:
             else:
                 known = (*PRECISIONS[target], *forms)
                 raise UsageError(unknown_name(f"precision or form of {target}", word, known))
-        return cls(text, target, precision, form)
+        if form is None and target != EAGER:
+            form = FORM_NAMES[0]
+        return cls(text, target, precision or PRECISIONS[target][0], form)
 
     def query(self, size: Size) -> "ArtifactQuery":
         """Return which artifact is meant."""

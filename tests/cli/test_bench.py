@@ -117,8 +117,8 @@ def test_weights_that_are_nowhere_are_asked_for(cli, bare):
 @pytest.mark.parametrize(
     ("text", "entry"),
     [
-        ("eager", ("eager", None, None)),
-        ("eager:compile", ("eager", None, "compile")),
+        ("eager", ("eager", "fp32", None)),
+        ("eager:compile", ("eager", "fp32", "compile")),
         ("openvino:bf16:traced", ("openvino", "bf16", "traced")),
         ("openvino:traced:bf16", ("openvino", "bf16", "traced")),
     ],
@@ -151,3 +151,8 @@ def test_an_export_for_the_bench_keeps_what_is_there(cli, models):
     assert ran.status == 0, ran.err
     names = [artifact.name for artifact in Model(models / "coat_lite_toy").artifacts]
     assert names == ["onnxruntime-fp32", "openvino-fp32", "onnxruntime-fp32-96x64"]
+
+
+def test_a_target_without_a_precision_is_its_first_not_what_happens_to_be_there():
+    assert Entry.parse("openvino").query((64, 64)).precision == "fp32"
+    assert Entry.parse("onnxruntime").query((64, 64)).form == "authored"
