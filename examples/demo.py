@@ -14,7 +14,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from coat_deploy.backends.select import backend
 from coat_deploy.cli.tables import render_table
 from coat_deploy.machine import describe
 from coat_deploy.model import Model
@@ -83,12 +82,12 @@ def summary(record: Path) -> str:
         rows.append(
             (
                 result["batch"], result["target"], result["precision"],
-                backend(result["target"]).version(), f"{result['p50_ms']:.1f}",
+                f"{result['p50_ms']:.1f}",
                 f"{result['ratio']:.2f}x", report.get("max_abs_difference"),
                 None if agreement is None else f"{agreement:.1%}",
             )
         )  # fmt: skip
-    columns = ("batch", "target", "", "version", "p50 ms", "speed", "max |delta|", "same top-1")
+    columns = ("batch", "target", "computes in", "p50 ms", "speed", "max |delta|", "same top-1")
     title = f"\n{MODEL}: speed beside eager, agreement with it on {len(PHOTOGRAPHS)} photographs"
     return render_table(columns, rows, title)
 

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU, in float32 or bfloat16."""
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,9 +32,7 @@ def missing() -> str | None:
 
 def version() -> str:
     """Return OpenVINO's version."""
-    import openvino
-
-    return str(openvino.__version__)
+    return importlib.metadata.version("openvino")
 
 
 def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
