@@ -2,7 +2,6 @@
 
 It reads and asks, and changes nothing. Runtimes are imported in processes of their own: a broken
 binary package can end a process or hang it, and this one has to live to tell.
-Rank 5, beside `measure`: it asks the machine, the backends and the repository.
 """
 
 import importlib.metadata
@@ -10,8 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +18,11 @@ from typing import Any, Literal
 
 from coat_deploy.backends.select import TARGETS, backend
 from coat_deploy.errors import CoatDeployError
+from coat_deploy.import_apart import import_apart
 from coat_deploy.machine import UNKNOWN, Machine, describe
 from coat_deploy.network.download import default_cache_dir
 from coat_deploy.repository import MODELS_VARIABLE, Repository
 from coat_deploy.version import __version__
-
-IMPORT_TIMEOUT_S = 120.0
-"""How long a runtime's import may take: PyTorch from a cold network disk needs most of it."""
-
-LONGEST_REASON = 300
-"""Characters of another package's error message that are told."""
 
 LITTLE_SPACE_BYTES = 1 << 30
 """The largest CoaT writes 180 MB of weights and as much a graph, beside those they replace."""
@@ -52,12 +44,6 @@ OWNERS = {
 """Packages that install one and the same module; two at once overwrite each other's files."""
 
 _EXTRAS = {"torch": "exporting and validating", "plot": "the charts of bench"}
-# One line a module, as far as it gets; a leftover folder of a half removed package imports as an
-# empty module, but has no version.
-_PROBE = """import importlib, sys
-for name in sys.argv[1:]:
-    print("imported", name, importlib.import_module(name).__version__, flush=True)
-"""
 # The first of each row that the processor has is told.
 _MATRIX_UNITS = (
     (
@@ -253,35 +239,6 @@ def examine_target(target: str, clashes: Mapping[str, Finding]) -> TargetState:
         command = f"pip install --force-reinstall {package}"
     error = f"{failed} does not import: {error}"
     return TargetState(target, True, False, versions, error, command)
-
-
-def import_apart(
-    modules: Sequence[str], timeout_s: float = IMPORT_TIMEOUT_S
-) -> tuple[dict[str, str], str | None]:
-    """Import `modules` in turn in another process; return versions, and the error that ended it."""
-    # -P: a file torch.py in the working folder is not the package.
-    command = [sys.executable, "-P", "-c", _PROBE, *modules]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s
-        )
-    except subprocess.TimeoutExpired as error:
-        return _imported(error.stdout or b""), f"not done after {timeout_s:g} s"
-    except OSError as error:
-        return {}, f"{sys.executable} cannot be started ({error.strerror})"
-    versions = _imported(done.stdout)
-    if done.returncode == 0:
-        return versions, None
-    if done.returncode < 0:
-        return versions, f"the process was ended by: {signal.strsignal(-done.returncode)}"
-    lines = done.stderr.decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "no reason given")
-    return versions, last[:LONGEST_REASON]
-
-
-def _imported(printed: bytes) -> dict[str, str]:
-    lines = [line.split(" ", 2) for line in printed.decode(errors="replace").splitlines()]
-    return {words[1]: words[2] for words in lines if words[0] == "imported" and len(words) == 3}
 
 
 def examine_targets(states: Sequence[TargetState], machine: Machine) -> Iterator[Finding]:

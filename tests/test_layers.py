@@ -12,7 +12,7 @@ PACKAGE = ROOT / "coat_deploy"
 RANKS = {
     "version": 0, "errors": 0, "digest": 0,
     "spec": 1, "runner": 1, "machine": 1, "artifact": 1, "labels": 1,
-    "json_files": 1, "transaction": 1,
+    "json_files": 1, "transaction": 1, "import_apart": 1,
     "images": 2, "image_files": 2, "model": 2, "repository": 2, "network": 2,
     "graph": 3,
     "backends": 4,
