@@ -135,3 +135,9 @@ def test_a_config_that_timm_writes_is_read(timm, tmp_path):
     assert ours.architecture == "coat_lite_tiny"
     assert (ours.num_classes, ours.num_features) == (1000, published.num_features)
     assert ours.preprocess == published.preprocess
+
+
+def test_timm_opens_a_published_folder_as_it_is(timm):
+    network = timm.create_model(f"local-dir:{published_configs() / 'coat_lite_mini'}")
+    assert network.num_classes == 1000
+    assert network.pretrained_cfg["architecture"] == "coat_lite_mini"
