@@ -76,6 +76,19 @@ class Exported:
         """The file a runtime opens."""
         return self.model.path(self.artifact)
 
+    @property
+    def weights_source(self) -> str | None:
+        """Where the weights are from, as `--weights` takes it; None where nobody wrote it down."""
+        record = self.model.weights_record
+        return record.source if record else None
+
+    @property
+    def stale(self) -> tuple[str, ...]:
+        """Names of the model's artifacts that were made of other weights, or another config."""
+        now = (self.artifact.weights_sha256, self.artifact.spec_digest)
+        artifacts = self.model.artifacts
+        return tuple(a.name for a in artifacts if (a.weights_sha256, a.spec_digest) != now)
+
     def to_json(self) -> dict[str, Any]:
         """Return the artifact's path, identity and agreement."""
         return {
@@ -88,6 +101,7 @@ class Exported:
             "size": list(self.artifact.size) if self.artifact.size else None,
             "opset": self.artifact.opset,
             "sha256": self.artifact.sha256,
+            "weights": self.weights_source,
             "weights_sha256": self.artifact.weights_sha256,
             "bytes": self.path.stat().st_size,
             "agreement": dict(self.artifact.agreement),

@@ -182,8 +182,8 @@ class Model:
             if exported != present:
                 raise StaleArtifact(
                     f"{self.folder}: {artifact.name} was exported from another {name} "
-                    f"(got {present[:12]}, expected {exported[:12]}). "
-                    f"Run: {self.export_command(artifact)}"
+                    f"(got {present[:12]}, expected {exported[:12]}). Restore the file, or "
+                    f"export again if it is meant to be new. Run: {self.export_command(artifact)}"
                 )
 
     def check_files(self, artifact: Artifact) -> None:

@@ -76,7 +76,7 @@ def find_source(model: Model, query: ArtifactQuery) -> Source:
     if query.target != EAGER:
         return Source(model, query.target, model.find(query))
     if not model.weights_path.is_file():
-        words = ["--models", str(model.folder.parent)]
+        words = ["--models", str(model.written_to or model.folder.parent)]
         words += [] if model.spec.weights else ["--weights", "SOURCE"]
         raise RepositoryError(
             f"{model.folder}: no weights (expected {WEIGHTS} there). An export puts them there: "

@@ -19,6 +19,7 @@ RANKS = {
     "measure": 5,
     "diagnosis": 6, "open": 6, "candidate": 6, "export": 6,
     "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
 """A module imports, outside its own folder, only from lower ranks."""
 

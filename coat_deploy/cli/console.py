@@ -34,6 +34,9 @@ SIGNALS = {
 }
 """Signals that ask us to end, and what we say then."""
 
+_EXPORTING = ("torch", "onnx", "onnxscript", "safetensors")
+"""Modules that a machine which only runs artifacts does without."""
+
 settings = {"debug": False}
 
 
@@ -119,6 +122,11 @@ def _explain(error: BaseException, received: Sequence[int]) -> tuple[int, str | 
         return 128 + number, f"{SIGNALS[signal.Signals(number)]}; nothing was left half done."
     if isinstance(error, CoatDeployError):
         return error.exit_status, str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXPORTING:
+        return 1, (
+            f"package {error.name} is not installed (exporting and validating need it). "
+            'Run: pip install "coat-deploy[torch]"'
+        )
     if isinstance(error, MemoryError):
         return 1, "out of memory. Use a smaller --batch or --size."
     return 1, None

@@ -183,11 +183,13 @@ def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str 
 def _export_missing(
     lineup: LineUp, repository: "Repository", entry: Entry, weights: str | None
 ) -> None:
-    from coat_deploy.export import ExportOptions, export
-
     model, size = lineup.model, lineup.size
     if any(entry.query(size).matches(artifact) for artifact in model.artifacts):
         return
+    from coat_deploy.export import ExportOptions, export  # needs what running does not
+
+    # A model that was given by its path is found by it again.
+    name = model.name if model.folder.parent in repository.roots else str(model.folder)
     console.note(f"{entry.text}: not exported yet; exporting it.")
     options = ExportOptions(
         target=entry.target,
@@ -196,4 +198,4 @@ def _export_missing(
         size=None if size == model.spec.preprocess.input_size else size,
         weights=None if model.weights_path.exists() else weights,
     )
-    lineup.model = export(repository, model.name, options).model
+    lineup.model = export(repository, name, options).model

@@ -169,6 +169,11 @@ def export(
         )
         batches = load_batches(images) if images else None
         exported = run(repository, model, options, batches, tell)
+    if exported.stale:
+        console.note(
+            f"warning: the weights or the config of {exported.model.name} changed; "
+            f"to be exported again: {', '.join(exported.stale)}."
+        )
     if as_json:
         console.print_json(exported.to_json())
     else:
@@ -222,6 +227,7 @@ def render(exported: "Exported") -> str:
         ("artifact", exported.path),
         ("on disk", f"{exported.path.stat().st_size / 2**20:.1f} MiB"),
         ("sha256", artifact.sha256),
+        ("weights", exported.weights_source or "those in the folder"),
         ("agrees with PyTorch", verdict),
     ]
     if agreement:

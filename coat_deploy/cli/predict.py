@@ -54,7 +54,9 @@ def predict(
     opened = Repository.open(models).find(model)
     if not opened.spec.num_classes:
         raise UsageError(f"{opened.folder}: has no classifier (num_classes is 0).")
-    source = find_source(opened, ArtifactQuery(target or default_target(opened), precision))
+    source = find_source(
+        opened, ArtifactQuery(target or default_target(opened, precision), precision)
+    )
     labels = read_labels(opened.spec)
     predictions: list[dict[str, Any]] = []
     with (
@@ -67,20 +69,37 @@ def predict(
                 predictions.append({"image": name, "labels": top_labels(row, labels, top)})
             advance(len(part.names))
     if as_json:
-        document = {"model": opened.name, "target": source.target, "precision": source.precision}
+        document = {
+            "model": opened.name,
+            "artifact": source.artifact.name if source.artifact else None,
+            "target": source.target,
+            "precision": source.precision,
+        }
         console.print_json(
             {**document, "predictions": predictions, "skipped": found.skipped()},
         )
     else:
         console.emit(render(predictions, top))
     found.finish(strict)
+    if target is None and source.artifact is None:
+        console.note(f"{opened.name}: no artifact for logits was exported; running PyTorch.")
+    record = opened.weights_record
+    if record and record.source.startswith("random"):
+        console.note(f"{opened.name}: its weights are {record.source}; the labels mean nothing.")
 
 
-def default_target(model: "Model") -> str:
-    """Return the first target that the model has logits for and that is installed, or eager."""
+def default_target(model: "Model", precision: str | None = None) -> str:
+    """Return the first target that the model has logits for and that is installed, or eager.
+
+    With a `precision`, the first that it has logits in this precision for.
+    """
     from coat_deploy.backends.select import TARGETS, backend
 
-    exported = {artifact.target for artifact in model.artifacts if not artifact.features}
+    exported = {
+        artifact.target
+        for artifact in model.artifacts
+        if not artifact.features and precision in (None, artifact.precision)
+    }
     targets = [target for target in TARGETS if target in exported]
     usable = [target for target in targets if backend(target).missing() is None]
     # An artifact whose runtime is not installed is still the one that was meant.

@@ -28,7 +28,7 @@ def render(
     if blocks and blocks.departure:
         verdict += f"First block that departs: {blocks.departure.reason}\n"
     elif blocks:
-        verdict += "No block departs by more than rounding.\n"
+        verdict += "Block by block, none departs by more than rounding explains.\n"
     parts = [verdict, _figures(validation), _groups(validation)]
     if validation.accuracy:
         parts.append(_accuracy(validation.accuracy))

@@ -195,9 +195,30 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def create_network(name: str, num_classes: int = 1000, **options: Any) -> CoaT:
+def create_network(
+    name: str,
+    num_classes: int = 1000,
+    *,
+    features: bool = False,
+    cpe: bool = True,
+    crpe: bool = True,
+    co_scale: CoScale = "interpolation",
+    drop_path: float = 0.0,
+    gradient_checkpointing: bool = False,
+) -> CoaT:
     """Create a CoaT by the name of its variant, freshly initialised; options as in `CoaT`.
+
+    Raises: UsageError with the nearest name, or for an option that cannot be.
 
     >>> create_network("coat_lite_mini", num_classes=10, features=False)  # doctest: +SKIP
     """
-    return CoaT(get_variant(name), num_classes, **options)
+    return CoaT(
+        get_variant(name),
+        num_classes,
+        features=features,
+        cpe=cpe,
+        crpe=crpe,
+        co_scale=co_scale,
+        drop_path=drop_path,
+        gradient_checkpointing=gradient_checkpointing,
+    )

@@ -250,7 +250,9 @@ def _list(kind: str, keys: list[str]) -> str:
 def _hint(wrong: list[str], tensors: Mapping[str, Array], spec: ModelSpec) -> str:
     """Return the way on: another head, or the architectures that the checkpoint does fit."""
     if all(map(is_head, wrong)):
-        return "To load all but the head and draw that at random, add --replace-head."
+        found = next((len(value) for key, value in tensors.items() if key == "head.bias"), 0)
+        keep = f"It has {found} classes: to keep them, add --num-classes {found}. " if found else ""
+        return f"{keep}To load all but the head and draw that at random, add --replace-head."
     fitting = []
     for name in VARIANTS:
         shapes = expected_shapes(ModelSpec(name, 0, 0, spec.preprocess))

@@ -156,3 +156,11 @@ def test_an_export_for_the_bench_keeps_what_is_there(cli, models):
 def test_a_target_without_a_precision_is_its_first_not_what_happens_to_be_there():
     assert Entry.parse("openvino").query((64, 64)).precision == "fp32"
     assert Entry.parse("onnxruntime").query((64, 64)).form == "authored"
+
+
+def test_a_model_given_by_its_path_is_exported_into_its_folder(cli, models):
+    folder = str(models / "coat_lite_toy")
+    words = ("--targets", "onnxruntime", "--size", "96", "--budget", "0.2", "--json")
+    ran = cli("bench", folder, *words)
+    assert ran.status == 0, ran.err
+    assert (models / "coat_lite_toy" / "1" / "onnxruntime-fp32-96x96.onnx").is_file()

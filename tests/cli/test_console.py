@@ -393,3 +393,15 @@ def test_json_md_shows_objects_that_are_json():
     blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
     assert len(blocks) >= len(COMMANDS)
     assert all(isinstance(json.loads(block), dict) for block in blocks)
+
+
+@pytest.mark.parametrize("module", ["onnx", "torch"])
+def test_a_package_that_exporting_lacks_is_one_line(module, capsys):
+    @console.guarded
+    def command() -> None:
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+
+    with pytest.raises(typer.Exit) as left:
+        command()
+    assert left.value.exit_code == 1
+    assert 'Run: pip install "coat-deploy[torch]"' in capsys.readouterr().err

@@ -80,3 +80,10 @@ def test_feature_maps_have_no_top1(cli, models):
 )
 def test_downloads_are_told_in_mib(total, text):
     assert describe_download("a.pth", 1 << 20, total) == text
+
+
+def test_weights_given_anew_are_told_with_what_is_stale(cli, models):
+    ran = cli("export", "coat_lite_toy", "--weights", "random:3", "--models", models)
+    assert ran.status == 0
+    assert "to be exported again: openvino-fp32" in ran.err
+    assert "random:3" in ran.out

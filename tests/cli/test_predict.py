@@ -8,7 +8,8 @@ from coat_deploy.model import Model
 
 def test_every_image_gets_its_likeliest_labels(cli, models, photos):
     ran = cli("predict", "coat_lite_toy", photos, "--models", models, "--json", "--top", "3")
-    assert (ran.status, ran.err) == (0, "")
+    assert ran.status == 0
+    assert ran.err == "coat_lite_toy: its weights are random:0; the labels mean nothing.\n"
     found = ran.json["predictions"]
     assert [p["image"] for p in found] == [str(photo) for photo in sorted(photos.iterdir())]
     for prediction in found:
@@ -107,3 +108,9 @@ def test_broken_images_are_skipped_or_strictly_fail(cli, models, own_photos):
     assert list(ran.json["skipped"]) == [str(own_photos / "a.jpg")]
     strict = cli(*words, "--strict")
     assert (strict.status, strict.out) == (1, ran.out)
+
+
+def test_a_precision_alone_chooses_the_target_that_has_it(models):
+    model = Model(models / "coat_lite_toy")
+    assert default_target(model) == "onnxruntime"
+    assert default_target(model, "int8") == "eager"
