@@ -103,6 +103,8 @@ def _accuracy(accuracy: "Accuracy") -> str:
     ]
     text = render_table(("accuracy", "of", "share", "95% interval"), rows)
     top1 = accuracy.top1
+    if top1.reference_only == top1.candidate_only == 0:
+        return f"{text}Both have the same images right.\n"
     verdict = "may be chance" if top1.is_noise else "is more than chance"
     return (
         f"{text}The difference in top-1 {verdict}: PyTorch alone is right {top1.reference_only} "

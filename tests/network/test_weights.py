@@ -239,6 +239,11 @@ def test_a_checkpoint_of_another_variant_says_which():
         fit(toy(), spec_of("coat_lite_toy"))
 
 
+def test_other_classes_say_first_how_to_keep_them():
+    with pytest.raises(WeightsError, match="It has 10 classes: to keep them, add --num-classes 10"):
+        fit(toy(), dataclasses.replace(spec_of("coat_toy"), num_classes=3))
+
+
 def test_other_classes_say_how_to_load_the_rest():
     with pytest.raises(WeightsError, match=r"head\.weight \(got \(10, 24\).*--replace-head"):
         fit(toy(), spec_of("coat_toy", 7))
