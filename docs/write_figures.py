@@ -67,8 +67,9 @@ def figures() -> str:
 Median latency of a batch, and in brackets how many times as fast as PyTorch eager in the same run.
 {machine["threads"]} threads of a shared {machine["cpu"]} ({", ".join(features)}); random weights;
 torch {versions["torch"]}, onnxruntime {versions["onnxruntime"]}, OpenVINO {versions["openvino"]}.
-Absolute times of a shared machine mean little, the ratios within a run hold. Records with
-intervals, memory and start-up times: [docs/benchmarks](docs/benchmarks).
+Absolute times of a shared machine mean little. Eager at batch 8 is unsteady, from run to run too,
+so ratios over it are rough there; [docs/benchmarks](docs/benchmarks/README.md) says how much, and
+holds the records with intervals, memory and start-up times.
 """
 
 
