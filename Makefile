@@ -42,9 +42,9 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) --editable ".[torch,cpu,openvino,plot,demo]"
+	$(PIP) --editable ".[train,cpu,openvino]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[datasets,dev]"
 	touch $@

@@ -12,6 +12,8 @@
     |-- GraphError                a graph that cannot be authored or is not valid
     |-- BackendMissing            a runtime that is not installed
     |-- RunnerError               a runtime that failed
+    |-- TrainingError             a training that cannot begin or go on
+    |-- UploadError               a model that could not be published
     `-- BelowBar                  3: an artifact that does not agree with the eager network
 
 A message reads `<subject>: <what happened> (got X, expected Y). <what to do>.`
@@ -72,6 +74,14 @@ class BackendMissing(CoatDeployError):
 
 class RunnerError(CoatDeployError):
     """A runtime that failed to load or run an artifact."""
+
+
+class TrainingError(CoatDeployError):
+    """A training that cannot begin or go on."""
+
+
+class UploadError(CoatDeployError):
+    """A model that could not be published, or will not be when its training is over."""
 
 
 class BelowBar(CoatDeployError):

@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cli.md"
 COMMANDS = (
-    (), ("export",), ("validate",), ("bench",), ("predict",), ("selftest",), ("models",),
-    ("models", "list"), ("models", "show"), ("doctor",),
+    (), ("train",), ("study",), ("export",), ("validate",), ("evaluate",), ("bench",),
+    ("predict",), ("selftest",), ("models",), ("models", "list"), ("models", "show"), ("doctor",),
 )  # fmt: skip
 
 

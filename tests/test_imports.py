@@ -6,7 +6,9 @@ import sys
 import pytest
 
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "numpy", "PIL", "safetensors", "matplotlib")
-COMMANDS = ("", "export", "validate", "bench", "predict", "selftest", "doctor", "models list")
+COMMANDS = (
+    "", "export", "validate", "evaluate", "bench", "predict", "selftest", "doctor", "models list",
+)  # fmt: skip
 
 BLOCK = """
 import sys
@@ -45,8 +47,11 @@ def test_public_names_are_those_promised():
 
 @pytest.mark.parametrize(
     "module",
-    ["repository", "open", "images", "backends.onnxruntime", "measure.validate", "measure.bench"],
-)
+    [
+        "repository", "open", "evaluate", "images", "backends.onnxruntime", "measure.validate",
+        "measure.bench",
+    ],
+)  # fmt: skip
 def test_running_an_artifact_needs_no_torch(module):
     done = run(f"import coat_deploy.{module}", ("torch", "onnx", "safetensors"))
     assert done.returncode == 0, done.stderr

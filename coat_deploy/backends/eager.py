@@ -77,7 +77,7 @@ class EagerRunner(Closing):
         ]
         self._step = torch.compile(network) if options.compile else network
         size = ("height", "width")
-        self.inputs = (TensorSpec(INPUT, "float32", ("batch", 3, *size)),)
+        self.inputs: tuple[TensorSpec, ...] = (TensorSpec(INPUT, "float32", ("batch", 3, *size)),)
         names = FEATURES if options.features else (LOGITS,)
         self.outputs = tuple(TensorSpec(name, "float32", ("batch",)) for name in names)
 

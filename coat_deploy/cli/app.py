@@ -13,26 +13,41 @@ import typer
 from coat_deploy.cli import console
 from coat_deploy.cli.bench import bench
 from coat_deploy.cli.doctor import doctor
+from coat_deploy.cli.evaluate import evaluate
 from coat_deploy.cli.export import export
 from coat_deploy.cli.models import models
 from coat_deploy.cli.predict import predict
 from coat_deploy.cli.selftest import selftest
+from coat_deploy.cli.study import study
+from coat_deploy.cli.train import train
 from coat_deploy.cli.validate import validate
 from coat_deploy.errors import UsageError
 from coat_deploy.version import __version__
 
 ABOUT = "About models and the machine"
 PANELS = {
-    "From weights to a proven artifact": (export, validate, bench),
+    "From images to a model": (train, study),
+    "From weights to a proven artifact": (export, validate, evaluate, bench),
     "With an artifact": (predict, selftest),
     ABOUT: (doctor,),
 }
 EXAMPLES = {
     "": """
+        $ coat-deploy train coat_lite_nano --data photos/ --out shirts
         $ coat-deploy export coat_tiny --weights timm
         $ coat-deploy validate coat_tiny --images photos/
         $ coat-deploy bench coat_tiny --targets eager,onnxruntime,openvino
         $ coat-deploy predict coat_tiny cat.jpg
+    """,
+    "train": """
+        $ coat-deploy train coat_lite_nano --data digits --out digits
+        $ coat-deploy train coat_lite_nano --preset small --data photos/ --out shirts
+        $ coat-deploy train coat_tiny --preset finetune --data photos/ --out shirts
+        $ coat-deploy train coat_tiny --preset finetune --data photos/ --out shirts --resume
+    """,
+    "study": """
+        $ coat-deploy study --data photos/ --record study.jsonl
+        $ coat-deploy study --tables cost
     """,
     "export": """
         $ coat-deploy export coat_tiny --weights timm
@@ -44,6 +59,11 @@ EXAMPLES = {
         $ coat-deploy validate coat_tiny --images photos/
         $ coat-deploy validate coat_tiny --images photos/ --target openvino --by-block
         $ coat-deploy validate coat_tiny --images photos/ --size 224,224x320
+    """,
+    "evaluate": """
+        $ coat-deploy evaluate coat_tiny --data photos/
+        $ coat-deploy evaluate coat_tiny --data photos/ --split test --target onnxruntime
+        $ coat-deploy evaluate coat_tiny --data photos/ --size 256 --crop-pct 1 --json
     """,
     "bench": """
         $ coat-deploy bench coat_tiny --targets eager,onnxruntime,openvino:bf16

@@ -1,5 +1,6 @@
 """Images for the commands that take them: found, decoded batch by batch, broken ones told."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +9,25 @@ from pathlib import Path
 import numpy as np
 
 from coat_deploy.cli import console
+from coat_deploy.data.dataset import Dataset
 from coat_deploy.errors import ImageError
-from coat_deploy.image_files import LabelledImage, find_labelled_images
-from coat_deploy.images import load
+from coat_deploy.image_files import find_labelled_images
+from coat_deploy.images import load, preprocess
 from coat_deploy.measure.validate import Batch, batch_sizes_in_turn
 from coat_deploy.runner import Array, Pixels
 from coat_deploy.spec import Preprocess
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image to come: what it is called, its label if it has one, and how to make it pixels.
+
+    `load` raises ImageError.
+    """
+
+    name: str
+    label: str | None
+    load: Callable[[Preprocess], Array]
 
 
 @dataclass
@@ -23,10 +37,10 @@ class Images:
     `classes` maps a label to its class; an image whose label is not in it has none.
     """
 
-    found: Sequence[LabelledImage]
+    found: Sequence[Input]
     batch_sizes: Sequence[int]
     classes: dict[str, int] = field(default_factory=dict)
-    broken: dict[Path, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
 
     def batches(self, how: Preprocess) -> Iterator[Batch]:
         """Yield every image that can be read, once, in batches of the given sizes in turn.
@@ -40,21 +54,21 @@ class Images:
                 yield self._batch(taken)
         self._check()
 
-    def _readable(self, how: Preprocess) -> Iterator[tuple[LabelledImage, Array]]:
+    def _readable(self, how: Preprocess) -> Iterator[tuple[Input, Array]]:
         for image in self.found:
-            if image.path in self.broken:
+            if image.name in self.broken:
                 continue
             try:
-                yield image, load(image.path, how)
+                yield image, image.load(how)
             except ImageError as error:
-                self.broken[image.path] = str(error)
+                self.broken[image.name] = str(error)
                 console.note(f"skipped: {error}")
 
-    def _batch(self, taken: Sequence[tuple[LabelledImage, Array]]) -> Batch:
+    def _batch(self, taken: Sequence[tuple[Input, Array]]) -> Batch:
         labels = [self.classes.get(image.label or "", -1) for image, _ in taken]
         return Batch(
             np.stack([pixels for _, pixels in taken]),
-            tuple(str(image.path) for image, _ in taken),
+            tuple(image.name for image, _ in taken),
             None if not self.classes or min(labels) < 0 else tuple(labels),
         )
 
@@ -72,7 +86,7 @@ class Images:
 
     def skipped(self) -> dict[str, str]:
         """Return the images that could not be read, and why."""
-        return {str(path): reason for path, reason in self.broken.items()}
+        return dict(self.broken)
 
     def finish(self, strict: bool) -> None:
         """Tell how many were broken. Raises ImageError with `strict`."""
@@ -86,11 +100,32 @@ class Images:
 
 def find(paths: Sequence[Path], batch_sizes: Sequence[int], limit: int | None = None) -> Images:
     """Return the images of files and folders, with `limit` so many of them spread evenly."""
-    found = find_labelled_images(paths)
-    if limit is not None and limit < len(found):
-        step = len(found) / limit
-        found = [found[int(i * step)] for i in range(limit)]
-    return Images(found, batch_sizes)
+    found = [
+        Input(str(image.path), image.label, functools.partial(load, image.path))
+        for image in find_labelled_images(paths)
+    ]
+    return Images(_spread(found, limit), batch_sizes)
+
+
+def of_dataset(dataset: Dataset, batch_sizes: Sequence[int], limit: int | None = None) -> Images:
+    """Return the images of a dataset, with `limit` so many of them spread evenly."""
+    classes = dataset.labels.tolist()
+    found = [
+        Input(dataset.name(i), dataset.label_names[label], functools.partial(_load, dataset, i))
+        for i, label in enumerate(classes)
+    ]
+    return Images(_spread(found, limit), batch_sizes)
+
+
+def _load(dataset: Dataset, index: int, how: Preprocess) -> Array:
+    return preprocess(dataset.image(index), how, dataset.name(index))
+
+
+def _spread(found: Sequence[Input], limit: int | None) -> Sequence[Input]:
+    if limit is None or limit >= len(found):
+        return found
+    step = len(found) / limit
+    return [found[int(i * step)] for i in range(limit)]
 
 
 def match_labels(images: Images, labels: Sequence[str]) -> str | None:
@@ -107,7 +142,7 @@ def match_labels(images: Images, labels: Sequence[str]) -> str | None:
     if unknown:
         return f"folder '{unknown[0]}' is not among the model's {len(labels)} labels"
     if unlabelled:
-        return f"{unlabelled[0].path} lies in no class folder"
+        return f"{unlabelled[0].name} lies in no class folder"
     images.classes = classes
     return None
 

@@ -33,12 +33,19 @@ ARTIFACT, BAR = "Which artifact", "The bar: what must hold. Default: by precisio
 def validate(
     model: console.ModelArgument,
     images: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             metavar="PATH",
             help="Photographs: a file, a folder, a folder of class folders; may be repeated.",
         ),
-    ],
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Labelled images instead, as `evaluate` takes them: those it measures with.",
+        ),
+    ] = None,
     batch: Annotated[
         str,
         typer.Option(metavar="N,N", help="Batch sizes, taken in turn over the images."),
@@ -106,10 +113,10 @@ def validate(
     """Compare an artifact with PyTorch on your images.
 
     Both get the same pixels, in several batch sizes. Exit status 3 when they do not agree. With
-    class folders named by the model's labels, the accuracy of both is compared too. The report
-    is kept beside the artifact, as JSON and as text.
+    --data, or class folders named by the model's labels, the accuracy of both is compared too.
+    The report is kept beside the artifact, as JSON and as text.
     """
-    from coat_deploy.cli.inputs import find, match_labels
+    from coat_deploy.cli.inputs import match_labels
     from coat_deploy.cli.validation_report import render
     from coat_deploy.graph.taps import block_taps
     from coat_deploy.measure.bar import get_bar
@@ -121,7 +128,7 @@ def validate(
 
     opened = Repository.open(models).find(model)
     sizes = read_sizes(size, opened.spec)
-    found = find(images, console.counts(batch, "batch", 1024), limit)
+    found = find_images(images, data, console.counts(batch, "batch", 1024), limit)
     query = ArtifactQuery(target, precision, sizes[0] if size else None, form, features)
     source, artifact = find_artifact(opened, query, sizes if size else ())
     sizes = sizes if size else [source.size]
@@ -181,6 +188,20 @@ def validate(
         advice = "" if by_block else " Where it departs: add --by-block."
         raise BelowBar(f"{artifact.name}: {reasons}{advice}")
     found.finish(strict)
+
+
+def find_images(
+    paths: Sequence[Path] | None, source: str | None, batch_sizes: Sequence[int], limit: int | None
+) -> "Images":
+    """Return the images of `--images` or of `--data`. Raises UsageError for both or neither."""
+    from coat_deploy.cli.inputs import find, of_dataset
+    from coat_deploy.data.sources import open_split
+
+    if bool(paths) == bool(source):
+        raise UsageError("images: give either --images or --data (got both or neither).")
+    if source:
+        return of_dataset(open_split(source, None), batch_sizes, limit)
+    return find(paths or (), batch_sizes, limit)
 
 
 def find_artifact(

@@ -108,7 +108,11 @@ _TABLE = (
         "coat_small", (152, 320, 320, 320), (2, 2, 2, 2), 6, (4, 4, 4, 4),
         published=Published(21.69, 12.61, 82.1, 96.1, 82.378, 96.214, "coat_small_7479cf9b.pth"),
     ),
-    # Not the paper's: every part of the network in milliseconds, for tests.
+    # Ours, not the paper's, and without published weights: about a million parameters, to be
+    # trained from scratch on little data and few cores.
+    Variant("coat_lite_nano", (32, 64, 128, 160), (1, 1, 2, 1), 0, (8, 8, 4, 4), input_size=64),
+    Variant("coat_nano", (32, 96, 96, 96), (1, 1, 1, 1), 2, (4, 4, 4, 4), input_size=64),
+    # Ours as well: every part of the network in milliseconds, for tests.
     Variant("coat_toy", (16, 24, 24, 24), (1, 1, 1, 1), 2, (2, 2, 2, 2), input_size=64),
     Variant("coat_lite_toy", (16, 24, 32, 40), (1, 2, 1, 1), 0, (2, 2, 2, 2), input_size=64),
 )  # fmt: skip

@@ -9,8 +9,10 @@ import pytest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 
-VALUES = ("skipped", "versions", "files", "tools", "record", "targets", "published")
-"""Objects whose keys are data: names of files, packages, targets."""
+VALUES = (
+    "skipped", "versions", "files", "tools", "record", "targets", "published", "per_class",
+)  # fmt: skip
+"""Objects whose keys are data: names of files, packages, targets, classes."""
 
 
 def documented(heading: str) -> dict[str, Any]:
@@ -56,6 +58,15 @@ def test_validate_prints_what_is_documented(cli, models, labelled, damage):
     ran = cli("validate", "coat_lite_toy", "--models", models, *words)
     assert ran.status == 3
     assert promised("validate") | paths(documented("Agreement")) <= paths(ran.json)
+
+
+def test_evaluate_prints_what_is_documented(cli, models, labelled):
+    ran = cli("evaluate", "coat_lite_toy", "--data", labelled, "--models", models, "--json")
+    assert ran.status == 0, ran.err
+    assert promised("evaluate") <= paths(ran.json)
+    (one_class,) = documented("evaluate")["per_class"].values()
+    assert set(ran.json["per_class"]) == set(ran.json["labels"])
+    assert all(set(one_class) <= set(found) for found in ran.json["per_class"].values())
 
 
 def test_predict_prints_what_is_documented(cli, models, photos):

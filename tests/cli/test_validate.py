@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -62,7 +63,7 @@ def test_batch_sizes_that_did_not_fit_are_told(cli, models, photos):
 
 
 def test_a_limit_takes_images_evenly(cli, models, photos):
-    names = [image.path.name for image in find([photos], [1], limit=4).found]
+    names = [Path(image.name).name for image in find([photos], [1], limit=4).found]
     assert names == ["photo_00.jpg", "photo_03.jpg", "photo_06.jpg", "photo_09.jpg"]
     _, report = validated(cli, models, photos, "--limit", "4")
     assert report["images"] == 4

@@ -1,0 +1,349 @@
+"""`coat-deploy train`. Its options are the fields of a recipe, besides those written out here."""
+
+import contextlib
+import inspect
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coat_deploy.cli import console
+from coat_deploy.errors import CoatDeployError, UsageError
+from coat_deploy.train.recipe import KNOBS, PRESETS, Recipe, get_preset, read_recipe
+
+if TYPE_CHECKING:
+    from coat_deploy.data.sources import DataOptions
+    from coat_deploy.train.job import Job
+
+DATA, RUN = "Data", "Running"
+DEFAULT_PRESET = "small"
+SAME_SIGNAL_S = 1.0
+"""A signal so soon after another is the same one: launchers hand on to their processes what the
+terminal or the cluster has sent to these as well."""
+
+
+def train(
+    variant: Annotated[
+        str, typer.Argument(metavar="VARIANT", help="Architecture, for example coat_lite_nano.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Labelled images: a folder of class folders, or one with train and validation; "
+            "digits (scikit-learn's); hub:OWNER/NAME, parquet:PATH, webdataset:PATH.",
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="NAME", help="Name of the model to write.")],
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Recipe to begin with: {', '.join(PRESETS)}.")
+    ] = DEFAULT_PRESET,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Fields of a recipe to set over the preset, as TOML."),
+    ] = None,
+    models: console.ModelsOption = None,
+    as_json: console.JsonOption = False,
+    validation_share: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            rich_help_panel=DATA,
+            help="Share of the images held out, where there is no split to evaluate on.",
+        ),
+    ] = 0.1,
+    split_seed: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=DATA, help="Seed of what is held out.")
+    ] = 0,
+    train_split: Annotated[
+        str | None, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Split to train on.")
+    ] = None,
+    validation_split: Annotated[
+        str | None, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Split to evaluate on.")
+    ] = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=DATA, help="Column that holds the images."),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=DATA, help="Column that holds the classes."),
+    ] = None,
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming",
+            metavar="",
+            rich_help_panel=DATA,
+            help="Read images on the way instead of fetching all of them first.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar="",
+            rich_help_panel=RUN,
+            help="Go on from the last checkpoint, if there is one.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            metavar="",
+            rich_help_panel=RUN,
+            help="Replace the model, or the unfinished training, of that name.",
+        ),
+    ] = False,
+    device: Annotated[
+        str,
+        typer.Option(metavar="NAME", rich_help_panel=RUN, help="auto: a GPU if there is one; cpu."),
+    ] = "auto",
+    threads: console.ThreadsOption = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            rich_help_panel=RUN,
+            help="Upload the finished model to the Hugging Face Hub.",
+        ),
+    ] = None,
+    **fields: Any,
+) -> None:
+    """Train a CoaT on labelled images and write it as a model, ready to export.
+
+    A recipe is the paper's for ImageNet, changed by the preset, a file and single options, in
+    this order. Ctrl-C saves; the same command with --resume goes on. On several GPUs or machines:
+    `accelerate launch -m coat_deploy train ...`.
+    """
+    from coat_deploy.data.sources import DataOptions
+
+    with _told_once():
+        resolved = resolve(preset, data, recipe, fields)
+        options = DataOptions(
+            validation_share=validation_share,
+            seed=split_seed,
+            train_split=train_split,
+            validation_split=validation_split,
+            image_column=image_column,
+            label_column=label_column,
+            streaming=streaming,
+        )
+        if push_to_hub:
+            from coat_deploy.network.push import check_push
+
+            check_push(push_to_hub)
+        job = prepare(variant, data, options, out, models, preset, resolved)
+        metrics = run(job, device, threads, resume=resume, overwrite=overwrite)
+        if metrics is not None:
+            finish(job, metrics, models, push_to_hub, as_json)
+
+
+def resolve(preset: str, source: str, file: Path | None, fields: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a preset, a file and options, the later over the former.
+
+    Raises: UsageError.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    of_file = read_recipe(file) if file else {}
+    return get_preset(preset, source).replace({**of_file, **given})
+
+
+def prepare(
+    variant: str,
+    source: str,
+    options: "DataOptions",
+    out: str,
+    models: Path | None,
+    preset: str,
+    recipe: Recipe,
+) -> "Job":
+    """Return the training asked for, its data opened; nothing is written yet."""
+    from coat_deploy.data.sources import open_splits
+    from coat_deploy.network.variants import get_variant
+    from coat_deploy.repository import Repository
+    from coat_deploy.train.job import Job
+    from coat_deploy.train.start import find_base
+
+    get_variant(variant)
+    repository = Repository.open(models)
+    model = repository.new(out)
+    base = find_base(recipe.init, variant, repository)
+    return Job(variant, recipe, open_splits(source, options), model, preset, source, base)
+
+
+def run(
+    job: "Job", device: str, threads: int | None, *, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """Run a training under a display of its progress; signals save it first.
+
+    Returns its metrics, None in all processes but the first.
+    """
+    from coat_deploy.cli.training_progress import training_progress
+    from coat_deploy.train.loop import Stopped
+    from coat_deploy.train.processes import open_processes
+
+    if resume and not overwrite and (metrics := job.finished()) is not None:
+        if _process() == 0:
+            console.note(f"{job.model.name}: was trained to its end before; nothing is left to do.")
+        return metrics if _process() == 0 else None
+    processes = open_processes(job.recipe, device, threads)
+    first = processes.is_main_process
+    if not first:  # of what all of them would tell, the first one does
+        logging.getLogger("coat_deploy").setLevel(logging.ERROR)
+    with stopping_on_signals(told=first) as stop:
+        try:
+            watchers = [training_progress()] if first else []
+            metrics = job.run(processes, watchers, resume=resume, overwrite=overwrite, stop=stop)
+        except Stopped as error:
+            status = 128 + (stop.received or signal.SIGTERM)
+            if first:
+                console.fail(str(error), status)
+            raise typer.Exit(status) from None
+    processes.end_training()
+    return metrics if first else None
+
+
+def finish(
+    job: "Job",
+    metrics: Mapping[str, Any],
+    models: Path | None,
+    push_to_hub: str | None,
+    as_json: bool,
+) -> None:
+    """Upload the model if asked to, and report."""
+    if push_to_hub:
+        from coat_deploy.network.push import push_model
+
+        console.note(f"uploaded to {push_model(job.model.folder, push_to_hub)}.")
+    report = {"model": job.model.name, "folder": str(job.model.folder.resolve()), **metrics}
+    if as_json:
+        console.print_json(report)
+    else:
+        console.emit(render(report))
+        console.hint(f"Next: coat-deploy export {job.model.name}{_models_flag(models)}")
+
+
+class Stop:
+    """Tells whether a signal asked us to end, for the loop to save first; a second ends at once.
+
+    Signals are taken over with the first question, after the first step: before it there is
+    nothing to save, and they end the command as any other. `received` is the first one's number.
+    """
+
+    def __init__(self, told: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        self.received: int | None = None
+        self._told, self._clock = told, clock
+        self._since = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __call__(self) -> bool:
+        """Return whether to save and leave."""
+        if not self._before:
+            self._before = {s: signal.getsignal(s) for s in console.SIGNALS}
+            for number, handler in self._before.items():
+                if handler != signal.SIG_IGN:
+                    signal.signal(number, self._note)
+        return self.received is not None
+
+    def close(self) -> None:
+        """Hand the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        now = self._clock()
+        if self.received is None:
+            self.received, self._since = number, now
+            if self._told:
+                with contextlib.suppress(RuntimeError):  # in the middle of another line
+                    console.note("saving; once more to stop at once.")
+        elif now - self._since >= SAME_SIGNAL_S:
+            self.close()
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def stopping_on_signals(told: bool = True) -> Iterator[Stop]:
+    """Let the first signal be noted while the body runs; `told`: say on stderr that it was."""
+    stop = Stop(told)
+    try:
+        yield stop
+    finally:
+        stop.close()
+
+
+def _process() -> int:
+    """Return which of several processes this is, before they have met; as launchers tell it."""
+    return int(os.environ.get("RANK") or 0)
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Let what goes wrong in all processes alike be told by the first of each machine alone."""
+    try:
+        yield
+    except CoatDeployError as error:
+        if int(os.environ.get("LOCAL_RANK") or 0) == 0:
+            raise
+        from coat_deploy.train.loop import Diverged
+
+        if isinstance(error, UsageError | Diverged):
+            raise typer.Exit(error.exit_status) from error
+        console.fail(f"process {_process()}: {error}", error.exit_status)
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """Return what a finished training tells, in a few lines."""
+    low, high = report["top1_interval"]
+    return (
+        f"{report['model']}: top-1 {report['top1']:.1%} (95%: {low:.1%} to {high:.1%}), top-5 "
+        f"{report['top5']:.1%} on {report['images']} validation images.\n"
+        f"{report['epochs']} epochs in {report['seconds'] / 60:.1f} min, "
+        f"{report['images_per_s']:.0f} images/s; data {report['data_share']:.0%} of a step, "
+        f"checkpoints {report['checkpoint_share']:.1%} of the time.\n"
+        f"Written to {report['folder']}\n"
+    )
+
+
+def _models_flag(models: Path | None) -> str:
+    return f" --models {models}" if models else ""
+
+
+def _option(name: str) -> inspect.Parameter:
+    """Return the option that sets a field of the recipe; None leaves it."""
+    knob, kind = KNOBS[name], type(getattr(Recipe(), name))
+    flag = "--" + name.replace("_", "-")
+    declarations = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+    metavar = {int: "N", float: "X", str: "NAME", bool: ""}[kind]
+    option = typer.Option(
+        *declarations, help=knob.help, rich_help_panel=f"Recipe: {knob.group}", metavar=metavar
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def _with_recipe_options(command: Callable[..., None]) -> None:
+    """Give the command an option for every field of a recipe, in the place of `fields`."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    options = [_option(name) for name in KNOBS]
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*keyword, *options]
+    )
+    command.__annotations__ |= {option.name: option.annotation for option in options}
+    command.__annotations__.pop("fields")
+
+
+_with_recipe_options(train)

@@ -1,0 +1,1 @@
+"""Labelled images to train on and to measure with: folders, digits, Hugging Face datasets."""
