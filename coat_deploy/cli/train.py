@@ -139,7 +139,10 @@ def train(
             from coat_deploy.network.push import check_push
 
             check_push(push_to_hub)
-        job = prepare(variant, data, options, out, models, preset, resolved)
+        job = prepare(
+            variant, data, options, out, models, preset, resolved, resume=resume,
+            overwrite=overwrite,
+        )  # fmt: skip
         metrics = run(job, device, threads, resume=resume, overwrite=overwrite)
         if metrics is not None:
             finish(job, metrics, models, push_to_hub, as_json)
@@ -163,17 +166,24 @@ def prepare(
     models: Path | None,
     preset: str,
     recipe: Recipe,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> "Job":
-    """Return the training asked for, its data opened; nothing is written yet."""
+    """Return the training asked for, its data opened; nothing is written yet.
+
+    Raises: UsageError, before the data is opened where it can.
+    """
     from coat_deploy.data.sources import open_splits
     from coat_deploy.network.variants import get_variant
     from coat_deploy.repository import Repository
-    from coat_deploy.train.job import Job
+    from coat_deploy.train.job import Job, check_place
     from coat_deploy.train.start import find_base
 
     get_variant(variant)
     repository = Repository.open(models)
     model = repository.new(out)
+    check_place(model, resume=resume, overwrite=overwrite)
     base = find_base(recipe.init, variant, repository)
     return Job(variant, recipe, open_splits(source, options), model, preset, source, base)
 

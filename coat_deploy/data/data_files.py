@@ -59,12 +59,10 @@ def count_in_tars(files: Sequence[str], field: str) -> int:
     for file in files:
         try:
             with tarfile.open(file) as archive:
-                for member in archive:
-                    count += (
-                        member.isfile() and PurePath(member.name).name.partition(".")[2] == field
-                    )
+                names = [PurePath(member.name).name for member in archive if member.isfile()]
         except (tarfile.TarError, EOFError, OSError) as error:
             raise UsageError(f"{file}: no whole tar file ({error}). Fetch it again.") from error
+        count += sum(name.partition(".")[2] == field for name in names)
     return count
 
 

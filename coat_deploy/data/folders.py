@@ -1,10 +1,12 @@
 """Folders of images: `FOLDER/cat/1.jpg`, or `FOLDER/train/cat/1.jpg` and `FOLDER/validation/...`.
 
-The folder right above counts, whatever lies between it and the image (`FOLDER/cat/old/1.jpg`:
-cat). A folder has splits where one of its folders is called as splits are (`train`; `validation`,
-`val`, `valid`, `test`) and holds class folders itself, or where there are no other folders. What
-is measured with is the first of `validation`, `val`, `valid` and `test` that is there, so a
-`test` beside a `validation` is left alone; other folders beside the splits are, too.
+The first folder below FOLDER, or below the split, is the class, whatever lies between it and the
+image (`FOLDER/cat/old/1.jpg`: cat).
+
+A folder has splits where one of its folders is called as they are (`train`; `validation`, `val`,
+`valid`, `test`) and holds folders itself, or where all are called so: a class may be called
+`train`. What is measured with is the first of `validation`, `val`, `valid` and `test` that is
+there: a `test` beside a `validation` is left alone, and so are other folders beside the splits.
 """
 
 import os
@@ -71,9 +73,8 @@ def open_folder_split(folder: Path, split: str | None, options: DataOptions) -> 
     splits = _splits(folder, options)
     measured = options.measured(splits)
     if split is None:
-        return read_class_folders(
-            _find(folder, measured) if measured else _all(folder, splits, options)
-        )
+        everything = _all(folder, splits, options)
+        return read_class_folders(_find(folder, measured) if measured else everything)
     if splits and (measured or split not in PARTS):
         return read_class_folders(_find(folder, split))
     return pick_part(_in_two(folder, splits, options), split, str(folder))

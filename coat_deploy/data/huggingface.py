@@ -82,7 +82,7 @@ def _import(table: Table) -> Any:
     except ImportError as error:
         raise BackendMissing(
             f"{table.given}: package datasets is not installed. "
-            'Run: pip install "coat-deploy[train]".'
+            'Run: pip install "coat-deploy[datasets]".'
         ) from error
     return datasets
 

@@ -1,7 +1,8 @@
 """Labelled images in tables: of the Hugging Face Hub, parquet files, WebDataset tars.
 
 `datasets` finds, fetches, caches and streams; it never decodes, so that images meet the same
-limits and the same orientation as everywhere.
+limits and the same orientation as everywhere. Read whole, a table is copied once into the
+library's cache (`$HF_DATASETS_CACHE`), where later runs and other processes find it.
 """
 
 import functools

@@ -7,6 +7,7 @@ to repeat it; silence, and an end to waiting for a server that says nothing.
 
 import contextlib
 import glob
+import json
 import logging
 import shlex
 import warnings
@@ -58,7 +59,7 @@ def check_push(repository: str, endpoint: str | None = None) -> None:
         except Exception as error:
             raise UploadError(
                 f"{repository}: cannot log in to the hub {api.endpoint} ({_reason(error)}). "
-                f"{_advice(error) or 'Mend that, or train without uploading.'}"
+                f"{_advice(error) or 'Try again later, or train without uploading.'}"
             ) from error
     _check_rights(repository, account)
 
@@ -257,6 +258,8 @@ def _reason(error: Exception) -> str:
         if isinstance(last, HfHubHTTPError):
             answer = f"{last.response.status_code} {last.response.reason_phrase}"
             return _line(f"{answer}: {last.server_message}" if last.server_message else answer)
+        if isinstance(last, json.JSONDecodeError):
+            return "not the answer of a hub"
     return _line(str(last) or type(last).__name__)
 
 

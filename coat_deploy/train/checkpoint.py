@@ -109,12 +109,17 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             fields = {name: document[name] for name in Checkpoint.__dataclass_fields__}
             return Checkpoint(**fields | {"position": Position(**fields["position"])})
         reason = f"is of another version (got format {version!r:.20}, expected {FORMAT})"
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror or error})"
-    # PyTorch's own text advises to run what the file pickles.
-    except pickle.UnpicklingError:
-        reason = "is no checkpoint: it holds more than data, or is damaged"
+        cause = None
     # The loader raises what it stumbles over.
     except Exception as error:
-        reason = f"is damaged, cut short or no checkpoint ({type(error).__name__})"
-    raise TrainingError(f"{path}: {reason}. Restore it, or begin anew with --overwrite.")
+        reason, cause = _reason(error), error
+    raise TrainingError(f"{path}: {reason}. Restore it, or begin anew with --overwrite.") from cause
+
+
+def _reason(error: Exception) -> str:
+    """Return why a file was refused; PyTorch's own text advises to run what it pickles."""
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    if isinstance(error, pickle.UnpicklingError):
+        return "is no checkpoint: it holds more than data, or is damaged"
+    return f"is damaged, cut short or no checkpoint ({type(error).__name__})"

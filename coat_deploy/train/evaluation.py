@@ -23,6 +23,7 @@ from coat_deploy.images import normalise, resize_and_crop
 from coat_deploy.measure.quality import Quality, QualityMeter
 from coat_deploy.runner import Array
 from coat_deploy.spec import Preprocess
+from coat_deploy.train.sharding import reshard
 
 _log = logging.getLogger(__name__)
 
@@ -30,23 +31,28 @@ Pixels8 = npt.NDArray[np.uint8]
 
 
 class Evaluation:
-    """The validation images of one process: every so many of them, cropped once if they fit.
+    """The validation images, cropped once if they fit into `memory_bytes`.
 
-    Raises: ImageError when none can be read.
+    told: whether this process, of several, tells which images cannot be read.
+    Raises: ImageError when none can be, as soon as that is known.
     """
 
     def __init__(
         self, data: Dataset, how: Preprocess, batch_size: int, memory_bytes: int, told: bool
     ) -> None:
         self._data, self._how, self._batch_size = data, how, batch_size
-        self._told = not told  # only one process tells which images cannot be read
+        self._told = not told
         height, width = how.input_size
         fits = len(data) * 3 * height * width <= memory_bytes
-        self._pool = ThreadPoolExecutor(os.cpu_count())
         self._cropped = self._crop(range(len(data))) if fits else None
+        if self._cropped is not None and all(crop is None for crop in self._cropped):
+            raise _none_can_be_read()
 
     def run(self, network: nn.Module, accelerator: Accelerator) -> Quality:
-        """Return how good the network is on every image, in every process alike."""
+        """Return how good the network is on every image, in every process alike.
+
+        Each process runs every so many of them.
+        """
         was_training = network.training
         network.eval()
         mine = range(accelerator.process_index, len(self._data), accelerator.num_processes)
@@ -57,11 +63,12 @@ class Evaluation:
             chosen = mine[b * self._batch_size : (b + 1) * self._batch_size]
             found += self._batch(network, accelerator, chosen)
         network.train(was_training)
+        reshard(network)
         if accelerator.num_processes > 1:
             found = gather_object(found)
         self._told = True
         if not found:
-            raise ImageError("none of the validation images can be read. Give others.")
+            raise _none_can_be_read()
         # In the images' order, so that sums are the same however many processes there are.
         found.sort(key=lambda item: item[0])
         logits = np.stack([row for _, row in found])
@@ -74,7 +81,8 @@ class Evaluation:
     def _batch(
         self, network: nn.Module, accelerator: Accelerator, chosen: Sequence[int]
     ) -> list[tuple[int, Array]]:
-        crops = [self._cropped[i] for i in chosen] if self._cropped else self._crop(chosen)
+        cropped = self._cropped
+        crops = self._crop(chosen) if cropped is None else [cropped[i] for i in chosen]
         read = [(i, crop) for i, crop in zip(chosen, crops, strict=True) if crop is not None]
         blank = np.zeros((3, *self._how.input_size), np.uint8)
         pixels = np.stack([crop for _, crop in read] or [blank])
@@ -84,7 +92,8 @@ class Evaluation:
         return [(i, row) for (i, _), row in zip(read, logits, strict=False)]
 
     def _crop(self, chosen: Sequence[int]) -> list[Pixels8 | None]:
-        return list(self._pool.map(self._cropped_image, chosen))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self._cropped_image, chosen))
 
     def _cropped_image(self, index: int) -> Pixels8 | None:
         try:
@@ -95,3 +104,7 @@ class Evaluation:
                 _log.warning("skipped: %s", error)
             return None
         return np.asarray(image).transpose(2, 0, 1)
+
+
+def _none_can_be_read() -> ImageError:
+    return ImageError("none of the validation images can be read. Give others, or mend them.")

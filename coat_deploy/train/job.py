@@ -67,10 +67,10 @@ class Job:
         Raises: UsageError for a model that came of something else.
         """
         folder = self.model.folder
-        if self._unfinished or not (folder / CONFIG).exists():
+        if _is_under_way(self.model) or not (folder / CONFIG).exists():
             return None
         if not all((folder / name).is_file() for name in (RECIPE, METRICS)):
-            raise UsageError(self._taken("and was not trained here"))
+            raise _taken(self.model, "which was not trained here")
         metrics = read_json(folder / METRICS, RepositoryError)
         there = {
             **asdict(self.recipe.replace(read_recipe(folder / RECIPE))),
@@ -87,7 +87,7 @@ class Job:
         for name, value in wanted.items():
             if there[name] != value:
                 how = f"{name}: got {value!r:.80}, expected {there[name]!r:.80}"
-                raise UsageError(self._taken(f"trained otherwise ({how})"))
+                raise _taken(self.model, f"trained otherwise ({how})")
         return dict(metrics)
 
     def run(
@@ -109,12 +109,13 @@ class Job:
         Raises: `loop.Stopped`; UsageError, TrainingError, ImageError or WeightsError before
             anything is written for what cannot be trained; RepositoryError.
         """
-        if resume and not overwrite and (metrics := self.finished()) is not None:
-            return metrics
         first = accelerator.is_main_process
         if first:
             self._settle()
-        checkpoint = self._checkpoint(resume, overwrite)
+        if resume and not overwrite and (metrics := self.finished()) is not None:
+            return metrics
+        check_place(self.model, resume=resume, overwrite=overwrite)
+        checkpoint = load_checkpoint(self._folder) if resume else None
         with self._making_folder() if first else contextlib.nullcontext():
             training = self._training(accelerator, checkpoint, stop)
             history = self._watched(training, watchers) if first else None
@@ -154,29 +155,6 @@ class Job:
     @property
     def _before(self) -> Path:
         return self.model.folder / f".{FOLDER}"
-
-    @property
-    def _unfinished(self) -> bool:
-        return (self._folder / CHECKPOINT).exists()
-
-    def _checkpoint(self, resume: bool, overwrite: bool) -> Checkpoint | None:
-        """Return what to go on from. Raises UsageError where something would be lost."""
-        checkpoint = load_checkpoint(self._folder) if resume else None
-        if checkpoint is None and not overwrite:
-            if self._unfinished:
-                raise UsageError(
-                    f"{self._folder}: holds a training that was not finished. Go on with "
-                    "--resume, begin anew with --overwrite, or choose another --out."
-                )
-            if (self.model.folder / CONFIG).exists():
-                raise UsageError(self._taken())
-        return checkpoint
-
-    def _taken(self, how: str = "") -> str:
-        return (
-            f"{self.model.folder}: is a model already{f', {how}' if how else ''}. Replace it with "
-            "--overwrite, or choose another --out."
-        )
 
     @contextlib.contextmanager
     def _making_folder(self) -> Iterator[None]:
@@ -261,6 +239,33 @@ class Job:
             processes=processes,
             began_from=began_from,
         )
+
+
+def check_place(model: Model, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to write over a model, or a training under way, that is not to be replaced.
+
+    Raises: UsageError.
+    """
+    if resume or overwrite:
+        return
+    if _is_under_way(model):
+        raise UsageError(
+            f"{model.folder / FOLDER}: holds a training that was not finished. Go on with "
+            "--resume, begin anew with --overwrite, or choose another --out."
+        )
+    if (model.folder / CONFIG).exists():
+        raise _taken(model)
+
+
+def _is_under_way(model: Model) -> bool:
+    return (model.folder / FOLDER / CHECKPOINT).exists()
+
+
+def _taken(model: Model, how: str = "") -> UsageError:
+    return UsageError(
+        f"{model.folder}: is a model already{f', {how}' if how else ''}. Replace it with "
+        "--overwrite, or choose another --out."
+    )
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:

@@ -31,21 +31,18 @@ class Order:
 
     def __post_init__(self) -> None:
         """Refuse fewer images than a step takes."""
-        if self.images < self.step_images:
-            takes = " x ".join(
-                f"{count} {what}"
-                for count, what in (
-                    (self.batch_size, "images a batch"),
-                    (self.accumulate, "batches a step"),
-                    (self.processes, "processes"),
-                )
-                if count > 1
-            )
-            raise UsageError(
-                f"training images: fewer than one step takes (got {self.images}, expected at "
-                f"least {self.step_images}: {takes}). Lower batch_size"
-                f"{', accumulate or the number of processes' if self.processes > 1 else ''}."
-            )
+        if self.images >= self.step_images:
+            return
+        counts = {
+            "batch_size": (self.batch_size, "images a batch"),
+            "accumulate": (self.accumulate, "batches a step"),
+            "the number of processes": (self.processes, "processes"),
+        }
+        many = {name: f"{n} {what}" for name, (n, what) in counts.items() if n > 1}
+        raise UsageError(
+            f"training images: fewer than one step takes (got {self.images}, expected at least "
+            f"{self.step_images}: {' x '.join(many.values())}). Lower {' or '.join(many)}."
+        )
 
     @property
     def step_images(self) -> int:

@@ -8,6 +8,7 @@ import warnings
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.train.recipe import Recipe
@@ -21,7 +22,8 @@ def open_processes(recipe: Recipe, device: str = "auto", threads: int | None = N
 
     threads: compute threads of each process; None leaves PyTorch's default, one a core.
 
-    Raises: UsageError for another device, or fp16 on a CPU, which has no fast arithmetic for it.
+    Raises: UsageError for another device; fp16 on a CPU, which has no fast arithmetic for it; a
+        way of sharding that is not FSDP 2.
     """
     if device not in DEVICES:
         raise UsageError(unknown_name("device", device, DEVICES))
@@ -34,7 +36,7 @@ def open_processes(recipe: Recipe, device: str = "auto", threads: int | None = N
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of CPU launches without Intel's extension
-            return Accelerator(
+            accelerator = Accelerator(
                 cpu=device == "cpu",
                 mixed_precision=_PRECISIONS[recipe.precision],
                 gradient_accumulation_steps=recipe.accumulate,
@@ -43,3 +45,17 @@ def open_processes(recipe: Recipe, device: str = "auto", threads: int | None = N
         if recipe.precision == "fp16":
             raise UsageError("precision fp16: needs a GPU. Use bf16 or fp32 on a CPU.") from error
         raise
+    _check_sharding(accelerator)
+    return accelerator
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Refuse what would hide the parameters behind others: averages and checkpoints need them."""
+    kind = accelerator.distributed_type
+    others = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if kind in others or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        name = "FSDP 1" if kind == DistributedType.FSDP else kind.value
+        raise UsageError(
+            f"accelerate: cannot train by {name} (expected one process, data-parallel ones or "
+            "FSDP 2). Set fsdp_version: 2 in its configuration."
+        )

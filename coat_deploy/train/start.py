@@ -14,7 +14,7 @@ from coat_deploy.network.coat import CoaT, create_network
 from coat_deploy.network.keys import is_head
 from coat_deploy.network.variants import get_variant
 from coat_deploy.network.weights import WeightsOptions, load_checkpoint
-from coat_deploy.repository import Repository, read_labels
+from coat_deploy.repository import Repository, published_configs, read_labels
 from coat_deploy.spec import ModelSpec, Preprocess
 from coat_deploy.train.recipe import Recipe
 
@@ -59,11 +59,20 @@ def plan_spec(
 def find_base(init: str, variant_name: str, repository: Repository) -> Model | None:
     """Return the model that `init` names, None for scratch or a bare file of weights.
 
-    Raises: UsageError for a name that is neither.
+    Published weights come with their own labels and preprocessing, whatever a model of the user's
+    by the variant's name has.
+    Raises: UsageError for a name that is neither, or a variant that nobody published weights of.
     """
     if init == SCRATCH or Path(init).is_file():
         return None
-    return repository.find(variant_name if init in PUBLISHED else init)
+    if init not in PUBLISHED:
+        return repository.find(init)
+    if get_variant(variant_name).published is None:
+        raise UsageError(
+            f"init '{init}': nobody published weights of {variant_name}. Begin from {SCRATCH}, or "
+            "with a model or file of your own."
+        )
+    return Repository((published_configs(),)).find(variant_name)
 
 
 def begin(spec: ModelSpec, recipe: Recipe, base: Model | None) -> CoaT:
@@ -85,11 +94,7 @@ def begin(spec: ModelSpec, recipe: Recipe, base: Model | None) -> CoaT:
         return network
     source = recipe.init
     if base is not None and source not in PUBLISHED:
-        if base.spec.architecture != spec.architecture:
-            raise WeightsError(
-                f"{base.folder}: is of another architecture (got {base.spec.architecture}, "
-                f"expected {spec.architecture}). Train that one, or begin with other weights."
-            )
+        _check_base(base, spec)
         source = str(base.weights_path)
     keep_head = base is not None and read_labels(base.spec) == spec.label_names
     fresh = {key: value for key, value in network.state_dict().items() if is_head(key)}
@@ -97,3 +102,21 @@ def begin(spec: ModelSpec, recipe: Recipe, base: Model | None) -> CoaT:
     state = {key: torch.from_numpy(value) for key, value in checkpoint.tensors.items()}
     network.load_state_dict(state | ({} if keep_head else fresh))
     return network
+
+
+def _check_base(base: Model, spec: ModelSpec) -> None:
+    """Refuse weights of another network, which might fit by their shapes. Raises WeightsError."""
+    for what, got, expected in (
+        ("architecture", base.spec.architecture, spec.architecture),
+        ("model_args", dict(base.spec.model_args), dict(spec.model_args)),
+    ):
+        if got != expected:
+            raise WeightsError(
+                f"{base.folder}: is another network ({what}: got {got}, expected {expected}). "
+                "Train that one, or begin with other weights."
+            )
+    if not base.weights_path.is_file():
+        raise WeightsError(
+            f"{base.folder}: holds no weights. Begin with {' or '.join(PUBLISHED)}, or another "
+            "model."
+        )

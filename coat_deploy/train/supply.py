@@ -7,11 +7,9 @@ the geometry of the original (see `crop.py`).
 
 import logging
 import os
-import queue
-import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,18 +17,21 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from coat_deploy.data.dataset import Dataset, Sample, Stream
 from coat_deploy.errors import ImageError, UsageError
-from coat_deploy.train.order import Order
+from coat_deploy.train.order import Indices, Order
+from coat_deploy.train.workers import in_workers, read_ahead
 
 _log = logging.getLogger(__name__)
+
+Pixels = npt.NDArray[np.uint8]
 
 STORED_SIDE = 1.5
 """Side of a stored image by that of the crops made of it: a crop of 44% of the area, less than
 the mean of those drawn from 8% to 100%, then still has a pixel for each of its own."""
 PREFETCHED = 4
+"""Batches of a stream that are read ahead."""
 MAX_UNREADABLE_IN_A_ROW = 100
 
 
@@ -42,6 +43,11 @@ class Batch:
     aspects: Tensor
     labels: Tensor
     names: tuple[str, ...]
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch where a GPU can copy it from by itself; a loader asks for it."""
+        places = [tensor.pin_memory() for tensor in (self.images, self.aspects, self.labels)]
+        return Batch(places[0], places[1], places[2], self.names)
 
 
 class Supply(Protocol):
@@ -87,14 +93,33 @@ def open_supply(
     return DiskSupply(data, side, share, workers)
 
 
-def squash(image: Image.Image, side: int) -> npt.NDArray[np.uint8]:
+def squash(image: Image.Image, side: int) -> Pixels:
     """Return an RGB image as (3, side, side), whatever its aspect ratio."""
     squashed = image.resize((side, side), Image.Resampling.BICUBIC)
-    return np.asarray(squashed).transpose(2, 0, 1)
+    return np.array(np.asarray(squashed).transpose(2, 0, 1), order="C")
 
 
-def _aspect(image: Image.Image) -> float:
-    return image.width / image.height
+@dataclass(frozen=True)
+class _Row:
+    """An image of a batch: its pixels (3, S, S) and what goes with them."""
+
+    pixels: Pixels
+    aspect: float
+    label: int
+    name: str
+
+
+def _row(image: Image.Image, side: int, label: int, name: str) -> _Row:
+    return _Row(squash(image, side), image.width / image.height, label, name)
+
+
+def _batch(rows: Sequence[_Row]) -> Batch:
+    return Batch(
+        torch.from_numpy(np.stack([row.pixels for row in rows])),
+        torch.tensor([row.aspect for row in rows]),
+        torch.tensor([row.label for row in rows]),
+        tuple(row.name for row in rows),
+    )
 
 
 class MemorySupply:
@@ -110,19 +135,19 @@ class MemorySupply:
                 image = data.image(index)
             except ImageError as error:
                 return str(error)
-            images[index] = torch.from_numpy(squash(image, side).copy())
-            aspects[index] = _aspect(image)
+            images[index] = torch.from_numpy(squash(image, side))
+            aspects[index] = image.width / image.height
             return None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             faults = list(pool.map(read, range(len(data))))
-        _report([fault for fault in faults if fault], len(data))
-        kept = np.flatnonzero([fault is None for fault in faults])
+        # Every process reads all; the first one tells.
+        _report([fault for fault in faults if fault], len(data), tell=share.process == 0)
+        self._kept = np.flatnonzero([fault is None for fault in faults])
         self._images, self._aspects = images, aspects
-        self._labels = torch.from_numpy(np.ascontiguousarray(data.labels))
-        self._kept = kept
+        self._labels = torch.tensor(data.labels)
         self._data = data
-        self.order = share.order(len(kept))
+        self.order = share.order(len(self._kept))
 
     def batches(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
         """Yield the batches of an epoch from a step on."""
@@ -134,57 +159,62 @@ class MemorySupply:
 
 
 class DiskSupply:
-    """Images decoded by worker processes while the network is at work."""
+    """Images decoded by worker processes while the network is at work.
+
+    In the place of an image that cannot be read stands the next that can.
+    """
 
     def __init__(self, data: Dataset, side: int, share: Share, workers: int) -> None:
         self._share = share
-        self._squashed = _Squashed(data, side)
+        self._reader = _Reader(data, side)
         self._workers = workers
+        self._told: set[str] = set()
         self.order = share.order(len(data))
 
     def batches(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
         """Yield the batches of an epoch from a step on."""
-        loader: DataLoader[Batch] = DataLoader(
-            self._squashed,  # type: ignore[arg-type]  # a sequence is enough
-            batch_sampler=[
-                chosen.tolist()
-                for chosen in self.order.batches(epoch, self._share.process, first_step)
-            ],
-            num_workers=self._workers,
-            collate_fn=_collate,
-            prefetch_factor=PREFETCHED if self._workers else None,
-            pin_memory=torch.cuda.is_available(),
-        )
-        yield from loader
+        chosen = self.order.batches(epoch, self._share.process, first_step)
+        for batch, faults in in_workers(self._reader.read, chosen, self._workers):
+            for name, fault in faults.items():
+                if name not in self._told:
+                    self._told.add(name)
+                    _log.warning("skipped: %s", fault)
+            if isinstance(batch, ImageError):
+                raise batch
+            yield batch
 
 
-@dataclass
-class _Squashed:
-    """A dataset as the loader's workers read it."""
+_Read = tuple[Batch | ImageError, Mapping[str, str]]
+"""A batch, or why there is none; and the reasons by name of the images that cannot be read."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads batches of a dataset in worker processes, of which none knows what others told."""
 
     data: Dataset
     side: int
-    told: set[str] = field(default_factory=set)
 
-    def __len__(self) -> int:
-        return len(self.data)
+    def read(self, indices: Indices) -> _Read:
+        """Return the batch of these images."""
+        faults: dict[str, str] = {}
+        try:
+            return _batch([self._row(int(index), faults) for index in indices]), faults
+        except ImageError as error:
+            return error, faults
 
-    def __getitem__(self, index: int) -> tuple[Sample, float]:
-        """Return an image; in the place of one that cannot be read, the next that can."""
+    def _row(self, index: int, faults: dict[str, str]) -> _Row:
+        """Return the image, or the next that can be read; note in `faults` which cannot."""
         for offset in range(min(len(self.data), MAX_UNREADABLE_IN_A_ROW)):
-            i = (int(index) + offset) % len(self.data)
+            i = (index + offset) % len(self.data)
+            name, label = self.data.name(i), int(self.data.labels[i])
             try:
-                image = self.data.image(i)
+                return _row(self.data.image(i), self.side, label, name)
             except ImageError as error:
-                if self.data.name(i) not in self.told:
-                    self.told.add(self.data.name(i))
-                    _log.warning("skipped: %s", error)
-                continue
-            small = Image.fromarray(squash(image, self.side).transpose(1, 2, 0))
-            return Sample(small, int(self.data.labels[i]), self.data.name(i)), _aspect(image)
+                faults[name] = str(error)
         raise ImageError(
-            f"training images: {MAX_UNREADABLE_IN_A_ROW} in a row from {self.data.name(index)} on "
-            "cannot be read. Check the disk, or give other images."
+            f"training images: {offset + 1} in a row from {self.data.name(index)} on cannot be "
+            "read. Check the disk, or give other images."
         )
 
 
@@ -202,72 +232,48 @@ class StreamSupply:
 
     def batches(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
         """Yield the batches of an epoch from a step on."""
-        size = self._share.batch_size
-        wanted = (self.order.steps - first_step) * self._share.accumulate
-        skipped = first_step * self._share.accumulate * size
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCHED)
-        stopped = threading.Event()
+        yield from read_ahead(self._read(epoch, first_step), PREFETCHED)
 
-        def put(item: Batch | BaseException) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read() -> None:
-            try:
-                samples = self._samples(epoch, skipped)
-                for _ in range(wanted):
-                    put(_collate([self._squashed(next(samples)) for _ in range(size)]))
-                    if stopped.is_set():
-                        return
-            except BaseException as error:
-                put(error)
-
-        reader = threading.Thread(target=read, daemon=True, name="stream")
-        reader.start()
-        try:
-            for _ in range(wanted):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            reader.join()
+    def _read(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        size, accumulate = self._share.batch_size, self._share.accumulate
+        samples = self._samples(epoch, first_step * accumulate * size)
+        for _ in range((self.order.steps - first_step) * accumulate):
+            yield _batch([self._row(next(samples)) for _ in range(size)])
 
     def _samples(self, epoch: int, skipped: int) -> Iterator[Sample]:
-        """Yield samples without end: a stream may hold fewer readable images than it says."""
-        process, processes = self._share.process, self._share.processes
-        some = True
-        while some:
-            some = False
-            for sample in self._data.samples(epoch, process, processes, skipped):
-                some = True
-                yield sample
-            some = some or skipped > 0
-            skipped = 0
-        raise ImageError("training images: the stream holds none that can be read. Check it.")
+        """Yield samples without end, each `repeats` times, after `skipped` of them.
 
-    def _squashed(self, sample: Sample) -> tuple[Sample, float]:
-        small = Image.fromarray(squash(sample.image, self._side).transpose(1, 2, 0))
-        return Sample(small, sample.label, sample.name), _aspect(sample.image)
+        A stream may hold fewer images than it says: then it begins again.
+        """
+        repeats = self._share.repeats
+        skipped, part = divmod(skipped, repeats)
+        while True:
+            sample = None
+            for sample in self._shard(epoch, skipped):
+                for _ in range(part, repeats):
+                    yield sample
+                part = 0
+            if sample is None:
+                # Nothing is left after those skipped, in the first round: go round as it would.
+                held = sum(1 for _ in self._shard(epoch, 0))
+                if not held:
+                    raise ImageError(
+                        "training images: the stream holds none that can be read. Check it."
+                    )
+                skipped %= held
+            else:
+                skipped = 0
+
+    def _shard(self, epoch: int, skipped: int) -> Iterator[Sample]:
+        return self._data.samples(epoch, self._share.process, self._share.processes, skipped)
+
+    def _row(self, sample: Sample) -> _Row:
+        return _row(sample.image, self._side, sample.label, sample.name)
 
 
-def _collate(items: Sequence[tuple[Sample, float]]) -> Batch:
-    pixels = np.stack([np.asarray(sample.image) for sample, _ in items]).transpose(0, 3, 1, 2)
-    return Batch(
-        torch.from_numpy(np.ascontiguousarray(pixels)),
-        torch.tensor([aspect for _, aspect in items]),
-        torch.tensor([sample.label for sample, _ in items]),
-        tuple(sample.name for sample, _ in items),
-    )
-
-
-def _report(faults: Sequence[str], total: int) -> None:
+def _report(faults: Sequence[str], total: int, tell: bool) -> None:
     """Tell each image that is left out, once. Raises ImageError when that is every one."""
-    for fault in faults:
+    for fault in faults if tell else ():
         _log.warning("skipped: %s", fault)
     if len(faults) == total:
         raise ImageError(
