@@ -2,7 +2,7 @@
 
 The file is in the Hugging Face Hub's form for timm, so `timm.create_model("local-dir:FOLDER")`
 opens the same folder. timm rejects unknown keys inside `pretrained_cfg` and ignores them at the
-top level: what is ours (`weights`, `label_set`) stays at the top.
+top level: what is ours (`weights`, `label_set`, `variant`) stays at the top.
 """
 
 import dataclasses
@@ -28,6 +28,9 @@ MODEL_ARGS: Mapping[str, tuple[bool | str, ...]] = {
 """Network switches that `model_args` of a config may set, and to what: see `network.coat.CoaT`."""
 TIMM_ARGS = {"in_chans": 3, "global_pool": "token"}
 """What timm writes among `model_args`, beside sizes that stand elsewhere; it has no choice."""
+
+TIMM_SIZES = ("embed_dims", "serial_depths", "mlp_ratios", "parallel_depth")
+"""Sizes among `model_args` by which timm makes a variant that it has no name for."""
 
 MAX_SIDE = 4096
 """Largest input side accepted from a config or a flag: a typing error, not an image, beyond it."""
@@ -79,12 +82,24 @@ class WeightsRecord:
 
 
 @dataclass(frozen=True)
+class TimmForm:
+    """How timm is told to make a variant that it does not know: one that it does, and sizes.
+
+    `args` are `TIMM_SIZES`: a list of a number a scale, or a number.
+    """
+
+    architecture: str
+    args: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model's `config.json`.
 
     `label_names` holds one name a class, or nothing. `label_set` names a list shipped with this
     package instead ("imagenet-1k"), so that eight configs need not repeat a thousand names.
     `model_args` are switches of the network (`MODEL_ARGS`) that differ from its defaults.
+    `timm` says how timm makes an `architecture` of our own.
     """
 
     architecture: str
@@ -95,6 +110,7 @@ class ModelSpec:
     label_set: str | None = None
     weights: WeightsRecord | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    timm: TimmForm | None = None
 
     def with_classes(self, num_classes: int, label_names: Sequence[str] = ()) -> "ModelSpec":
         """Return the spec of the same network with another classifier, with these names if any.
@@ -112,6 +128,7 @@ class ModelSpec:
         """Return the SHA-256 of what an exported graph depends on; provenance is left out."""
         document = self.to_json()
         document.pop("weights", None)
+        document["pretrained_cfg"].pop("fixed_input_size")
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -123,6 +140,8 @@ class ModelSpec:
             "num_features": self.num_features,
             "pretrained_cfg": {
                 "input_size": [3, *p.input_size],
+                # timm builds CoaT for one size, and takes it from here only if told so.
+                "fixed_input_size": True,
                 "interpolation": p.interpolation,
                 "crop_pct": p.crop_pct,
                 "crop_mode": p.crop_mode,
@@ -133,8 +152,13 @@ class ModelSpec:
                 "classifier": "head",
             },
         }
-        if self.model_args:
-            document["model_args"] = dict(self.model_args)
+        args = dict(self.model_args)
+        if self.timm:
+            document["architecture"] = self.timm.architecture
+            document["variant"] = self.architecture
+            args = {**self.timm.args, **args}
+        if args:
+            document["model_args"] = args
         if self.label_names:
             document["label_names"] = list(self.label_names)
         if self.label_set:
@@ -169,16 +193,28 @@ class _Reader:
             raise self.fail("'pretrained_cfg' is missing or no object. Compare models/README.md.")
         classes = document.get("num_classes", cfg.get("num_classes"))
         num_classes = self.count("num_classes", classes, MAX_CLASSES)
+        architecture = self.text(document, "architecture")
+        variant = self.text(document, "variant", required=False)
         return ModelSpec(
-            architecture=self.text(document, "architecture"),
+            architecture=variant or architecture,
             num_classes=num_classes,
             num_features=self.count("num_features", document.get("num_features", 0), MAX_CLASSES),
             preprocess=self.preprocess(cfg),
             label_names=self.label_names(document.get("label_names"), num_classes),
             label_set=self.text(document, "label_set", required=False),
             weights=self.weights(document.get("weights")),
-            model_args=self.model_args(document.get("model_args"), num_classes),
+            model_args=self.model_args(document.get("model_args"), num_classes, bool(variant)),
+            timm=self.timm(architecture, document.get("model_args") or {}) if variant else None,
         )
+
+    def timm(self, architecture: str, args: Mapping[str, Any]) -> TimmForm:
+        """Return how timm makes the variant, of `model_args` that were checked to be objects."""
+        sizes = {key: args[key] for key in TIMM_SIZES if key in args}
+        for key, value in sizes.items():
+            numbers = value if isinstance(value, list) else [value]
+            if len(numbers) not in (1, 4) or any(type(n) is not int or n < 0 for n in numbers):
+                raise self.fail(f"'model_args.{key}' must be whole numbers (got {value!r:.60}).")
+        return TimmForm(architecture, sizes)
 
     def text(self, document: Mapping[str, Any], key: str, required: bool = True) -> Any:
         value = document.get(key)
@@ -198,14 +234,15 @@ class _Reader:
             raise self.fail(f"'label_names' has {len(names)} names for {num_classes} classes.")
         return tuple(names or ())
 
-    def model_args(self, args: Any, num_classes: int) -> dict[str, Any]:
-        """Return our switches; timm's are checked and left out."""
+    def model_args(self, args: Any, num_classes: int, of_variant: bool) -> dict[str, Any]:
+        """Return our switches; timm's are checked, sizes of a variant read elsewhere."""
         if not isinstance(args or {}, dict):
             raise self.fail(f"'model_args' must be an object (got {args!r:.60}).")
         fixed = {**TIMM_ARGS, "num_classes": num_classes}
         known: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in fixed.items()}
         known |= MODEL_ARGS
-        switches = {key: value for key, value in (args or {}).items() if key != "img_size"}
+        ignored = ("img_size", *(TIMM_SIZES if of_variant else ()))
+        switches = {key: value for key, value in (args or {}).items() if key not in ignored}
         for key, value in switches.items():
             if key not in known:
                 raise self.fail(unknown_name("network switch in 'model_args'", key, MODEL_ARGS))

@@ -11,6 +11,7 @@ from coat_deploy.spec import (
     MODEL_ARGS,
     ModelSpec,
     Preprocess,
+    TimmForm,
     WeightsRecord,
     format_size,
     parse_size,
@@ -248,3 +249,42 @@ def test_what_is_no_size_is_quoted(text):
 
 def test_a_formatted_size_is_read_back():
     assert parse_size(format_size((250, 190))) == (250, 190)
+
+
+NANO = ModelSpec(
+    architecture="coat_lite_nano",
+    num_classes=3,
+    num_features=160,
+    preprocess=Preprocess((64, 64)),
+    label_names=("a", "b", "c"),
+    timm=TimmForm("coat_lite_tiny", {"embed_dims": [32, 64, 128, 160], "parallel_depth": 0}),
+)
+
+
+def test_variant_of_ours_is_written_as_one_that_timm_knows_and_reads_back():
+    document = NANO.to_json()
+    assert document["architecture"] == "coat_lite_tiny"
+    assert document["variant"] == "coat_lite_nano"
+    assert document["model_args"] == {"embed_dims": [32, 64, 128, 160], "parallel_depth": 0}
+    assert ModelSpec.from_json(document) == NANO
+
+
+def test_variant_of_ours_keeps_its_switches_beside_the_sizes():
+    spec = dataclasses.replace(NANO, model_args={"crpe": False})
+    assert spec.to_json()["model_args"]["crpe"] is False
+    assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("sizes", ["wide", [32, 64], [32, 64, 128, -1], [1.5] * 4, [True] * 4])
+def test_sizes_of_a_variant_that_are_none_are_refused(sizes):
+    document = NANO.to_json()
+    document["model_args"]["embed_dims"] = sizes
+    with pytest.raises(SpecError, match=r"model_args\.embed_dims"):
+        ModelSpec.from_json(document, "x/config.json")
+
+
+def test_sizes_without_a_variant_are_refused():
+    document = NANO.to_json()
+    del document["variant"]
+    with pytest.raises(SpecError, match="embed_dims"):
+        ModelSpec.from_json(document)

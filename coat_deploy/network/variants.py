@@ -8,6 +8,7 @@ This file imports nothing heavy: the graphs read it without PyTorch.
 from dataclasses import dataclass
 
 from coat_deploy.errors import UsageError, unknown_name
+from coat_deploy.spec import TimmForm
 
 OFFICIAL_URL = "https://vcl.ucsd.edu/coat/pretrained/"
 
@@ -62,6 +63,20 @@ class Variant:
     def num_features(self) -> int:
         """Channels of the vector that the classifier reads."""
         return self.channels[3]
+
+    @property
+    def timm(self) -> TimmForm | None:
+        """How timm makes a variant that is not published, and so has no name there."""
+        if self.published:
+            return None
+        args: dict[str, list[int] | int] = {
+            "embed_dims": list(self.channels),
+            "serial_depths": list(self.serial_depths),
+            "mlp_ratios": list(self.ffn_ratios),
+        }
+        if self.parallel_depth:
+            return TimmForm("coat_tiny", args | {"parallel_depth": self.parallel_depth})
+        return TimmForm("coat_lite_tiny", args)
 
     @property
     def min_side(self) -> int:

@@ -1,6 +1,7 @@
 """Everything a training needs to go on, in one file that is there whole or not at all."""
 
 import contextlib
+import errno
 import os
 import pickle
 from collections.abc import Mapping
@@ -118,7 +119,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 def _reason(error: Exception) -> str:
     """Return why a file was refused; PyTorch's own text advises to run what it pickles."""
-    if isinstance(error, OSError):
+    # PyTorch seeks before the beginning of a file that is too short.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return f"cannot be read ({error.strerror or error})"
     if isinstance(error, pickle.UnpicklingError):
         return "is no checkpoint: it holds more than data, or is damaged"

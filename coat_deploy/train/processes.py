@@ -37,7 +37,8 @@ def open_processes(recipe: Recipe, device: str = "auto", threads: int | None = N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of CPU launches without Intel's extension
             accelerator = Accelerator(
-                cpu=device == "cpu",
+                # Told of no GPU, it would let processes on CPUs train apart, each for itself.
+                cpu=device == "cpu" or not torch.accelerator.is_available(),
                 mixed_precision=_PRECISIONS[recipe.precision],
                 gradient_accumulation_steps=recipe.accumulate,
             )

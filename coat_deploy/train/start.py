@@ -53,6 +53,7 @@ def plan_spec(
         preprocess=how,
         label_names=tuple(labels),
         model_args=dict(model_args or {}),
+        timm=variant.timm,
     )
 
 

@@ -1,4 +1,4 @@
-import sys
+import importlib
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_an_order_is_a_fair_permutation():
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_repeats_show_what_timms_repeated_augmentation_shows(timm, processes, monkeypatch):
     """`RepeatAugSampler` is DeiT's: the same images in each step, from the same permutation."""
-    sampler_of = sys.modules[timm.data.__name__ + ".distributed_sampler"].RepeatAugSampler
+    sampler_of = importlib.import_module("timm.data.distributed_sampler").RepeatAugSampler
     order = Order(48, 24 // processes, processes=processes, repeats=3)
     permutation = np.random.default_rng([0, 0]).permutation(48).tolist()
     monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.tensor(permutation))
