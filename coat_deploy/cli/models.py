@@ -120,20 +120,23 @@ def summarise(model: "Model") -> dict[str, Any]:
 
 
 def _figures(model: "Model", spec: ModelSpec) -> dict[str, float | None]:
-    """Return those published figures of the architecture that hold for this very model."""
+    """Return those figures of the architecture that hold for this very model."""
     from coat_deploy.network.variants import get_variant
 
     figures: dict[str, float | None] = dict.fromkeys(("params_m", "gmacs", "top1", "top5"))
     variant = get_variant(spec.architecture)
     published = variant.published
-    if published is None or spec.model_args:
+    size = (published.params_m, published.gmacs) if published else variant.counted
+    if size is None or spec.model_args:
         return figures
     # The classifier is the one part that differs: a row of weights and a bias for every class.
     head_m = (spec.num_classes - PUBLISHED_CLASSES) * (variant.num_features + 1) / 1e6
-    figures["params_m"] = round(published.params_m + head_m, 2)
+    figures["params_m"] = round(size[0] + head_m, 2)
     if spec.preprocess.input_size != (variant.input_size, variant.input_size):
         return figures
-    figures["gmacs"] = published.gmacs
+    figures["gmacs"] = size[1]
+    if published is None:
+        return figures
     # Weights put there by hand are of unknown origin, whatever the config points to.
     present = model.weights_path.exists()
     record = model.weights_record if present else spec.weights

@@ -5,7 +5,6 @@ import inspect
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 DATA, RUN = "Data", "Running"
 DEFAULT_PRESET = "small"
-SAME_SIGNAL_S = 1.0
-"""A signal so soon after another is the same one: launchers hand on to their processes what the
-terminal or the cluster has sent to these as well."""
 
 
 def train(
@@ -89,7 +85,8 @@ def train(
             "--resume",
             metavar="",
             rich_help_panel=RUN,
-            help="Go on from the last checkpoint, if there is one.",
+            help="Go on from the last checkpoint; begin where there is none, and do nothing "
+            "where the training was finished.",
         ),
     ] = False,
     overwrite: Annotated[
@@ -195,6 +192,7 @@ def run(
 
     Returns its metrics, None in all processes but the first.
     """
+    from coat_deploy.cli.stopping import stopping_on_signals
     from coat_deploy.cli.training_progress import training_progress
     from coat_deploy.train.loop import Stopped
     from coat_deploy.train.processes import open_processes
@@ -240,55 +238,6 @@ def finish(
         console.hint(f"Next: coat-deploy export {job.model.name}{_models_flag(models)}")
 
 
-class Stop:
-    """Tells whether a signal asked us to end, for the loop to save first; a second ends at once.
-
-    Signals are taken over with the first question, after the first step: before it there is
-    nothing to save, and they end the command as any other. `received` is the first one's number.
-    """
-
-    def __init__(self, told: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
-        self.received: int | None = None
-        self._told, self._clock = told, clock
-        self._since = 0.0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __call__(self) -> bool:
-        """Return whether to save and leave."""
-        if not self._before:
-            self._before = {s: signal.getsignal(s) for s in console.SIGNALS}
-            for number, handler in self._before.items():
-                if handler != signal.SIG_IGN:
-                    signal.signal(number, self._note)
-        return self.received is not None
-
-    def close(self) -> None:
-        """Hand the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        now = self._clock()
-        if self.received is None:
-            self.received, self._since = number, now
-            if self._told:
-                with contextlib.suppress(RuntimeError):  # in the middle of another line
-                    console.note("saving; once more to stop at once.")
-        elif now - self._since >= SAME_SIGNAL_S:
-            self.close()
-            signal.raise_signal(number)
-
-
-@contextlib.contextmanager
-def stopping_on_signals(told: bool = True) -> Iterator[Stop]:
-    """Let the first signal be noted while the body runs; `told`: say on stderr that it was."""
-    stop = Stop(told)
-    try:
-        yield stop
-    finally:
-        stop.close()
-
-
 def _process() -> int:
     """Return which of several processes this is, before they have met; as launchers tell it."""
     return int(os.environ.get("RANK") or 0)
@@ -302,9 +251,9 @@ def _told_once() -> Iterator[None]:
     except CoatDeployError as error:
         if int(os.environ.get("LOCAL_RANK") or 0) == 0:
             raise
-        from coat_deploy.train.loop import Diverged
+        from coat_deploy.train.loop import Abandoned, Diverged
 
-        if isinstance(error, UsageError | Diverged):
+        if isinstance(error, UsageError | Diverged | Abandoned):
             raise typer.Exit(error.exit_status) from error
         console.fail(f"process {_process()}: {error}", error.exit_status)
 

@@ -11,7 +11,9 @@ Letters: B batch, h heads, C channels, c = C / h, N = 1 + H*W tokens, class toke
 import torch
 from torch import Tensor, nn
 
-from coat_deploy.network.position import ConvRelPosEnc, map_to_tokens, tokens_to_map
+from coat_deploy.network import cpu_training
+from coat_deploy.network.position import ConvRelPosEnc
+from coat_deploy.network.tokens import map_to_tokens, tokens_to_map
 
 
 class FactorizedConvAttention(nn.Module):
@@ -27,6 +29,12 @@ class FactorizedConvAttention(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Return ConvAtt(X) projected, (B, N, C), of tokens (B, N, C) on a map of `size`."""
+        if cpu_training.suits(x):
+            windows = () if self.crpe is None else self.crpe.windows()
+            attended = cpu_training.conv_attention(
+                self.qkv(x), self.num_heads, self.scale, windows, size
+            )
+            return self.proj(attended)
         q, k, v = self.split_heads(x)
         return self.merge_heads(self.attend(q, k, v, size))
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from coat_deploy.network import cpu_training
 from coat_deploy.network.attention import FactorizedConvAttention, resample, resample_heads
 from coat_deploy.network.position import ConvPosEnc, ConvRelPosEnc
 
@@ -32,23 +33,30 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, N, C) of (B, N, C)."""
+        if cpu_training.suits_pieces(x, self.fc1.out_features):
+            return cpu_training.feed_forward(x, self.fc1, self.fc2)
         return self.fc2(self.act(self.fc1(x)))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch for a whole image (arXiv 1603.09382)."""
+    """Stochastic depth: drop a residual branch for a whole image (arXiv 1603.09382).
+
+    The same probability in every block, as the authors have it.
+    """
 
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.probability = probability
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x`, zeroed for a random share of the images and scaled up for the others."""
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return `x + branch`; the branch left out of a random share of the images in training,
+        and scaled up for the others.
+        """
         if not self.training or self.probability == 0:
-            return x
+            return x + branch
         keep = 1 - self.probability
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * (mask / keep)
+        mask = branch.new_empty((len(branch),) + (1,) * (branch.ndim - 1)).bernoulli_(keep)
+        return torch.addcmul(x, branch, mask / keep)
 
 
 class SerialBlock(nn.Module):
@@ -75,8 +83,8 @@ class SerialBlock(nn.Module):
         """Return (B, N, C) of tokens (B, N, C) on a map of `size`."""
         if self.cpe is not None:
             x = self.cpe(x, size)
-        x = x + self.drop_path(self.factoratt_crpe(self.norm1(x), size))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path(x, self.factoratt_crpe(self.norm1(x), size))
+        return self.drop_path(x, self.mlp(self.norm2(x)))
 
 
 class ParallelBlock(nn.Module):
@@ -114,10 +122,10 @@ class ParallelBlock(nn.Module):
         norms = (self.norm12, self.norm13, self.norm14)
         normed = [norm(x) for norm, x in zip(norms, scales, strict=True)]
         attended = self.cross_attend(normed, sizes)
-        scales = [x + self.drop_path(y) for x, y in zip(scales, attended, strict=True)]
+        scales = [self.drop_path(x, y) for x, y in zip(scales, attended, strict=True)]
         norms = (self.norm22, self.norm23, self.norm24)
         return [
-            x + self.drop_path(self.mlp2(norm(x))) for norm, x in zip(norms, scales, strict=True)
+            self.drop_path(x, self.mlp2(norm(x))) for norm, x in zip(norms, scales, strict=True)
         ]
 
     def cross_attend(self, scales: list[Tensor], sizes: list[tuple[int, int]]) -> list[Tensor]:

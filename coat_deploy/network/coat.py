@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coat_deploy.errors import UsageError, unknown_name
+from coat_deploy.network import cpu_training
 from coat_deploy.network.blocks import LAYER_NORM_EPS, CoScale, ParallelBlock, SerialBlock
-from coat_deploy.network.position import ConvPosEnc, ConvRelPosEnc, map_to_tokens, tokens_to_map
+from coat_deploy.network.position import ConvPosEnc, ConvRelPosEnc
+from coat_deploy.network.tokens import map_to_tokens, tokens_to_map
 from coat_deploy.network.variants import Variant, get_variant
 
 SCALES = (1, 2, 3, 4)
@@ -30,6 +32,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return image tokens (B, H*W, C) of a map (B, C', H', W'), and (H, W)."""
+        if cpu_training.suits(x):
+            patch = self.proj.kernel_size[0]
+            size = (x.shape[2] // patch, x.shape[3] // patch)
+            return self.norm(cpu_training.embed_patches(x, self.proj)), size
         x = self.proj(x)
         return self.norm(map_to_tokens(x)), (x.shape[2], x.shape[3])
 

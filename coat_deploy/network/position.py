@@ -10,16 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-
-def tokens_to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Lay image tokens (B, H*W, C) out as a map (B, C, H, W)."""
-    batch, _, channels = tokens.shape
-    return tokens.transpose(1, 2).reshape(batch, channels, size[0], size[1])
-
-
-def map_to_tokens(feature_map: Tensor) -> Tensor:
-    """Flatten a map (B, C, H, W) to image tokens (B, H*W, C)."""
-    return feature_map.flatten(2).transpose(1, 2)
+from coat_deploy.network import cpu_training
+from coat_deploy.network.tokens import map_to_tokens, tokens_to_map
 
 
 class ConvPosEnc(nn.Module):
@@ -34,9 +26,13 @@ class ConvPosEnc(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Return tokens (B, N, C) with their position encoded; the class token passes through."""
-        cls, image = x[:, :1], x[:, 1:]
+        cls, image = x.split((1, x.shape[1] - 1), dim=1)
         feature_map = tokens_to_map(image, size)
-        return torch.cat((cls, map_to_tokens(feature_map + self.proj(feature_map))), dim=1)
+        if cpu_training.suits(x):
+            encoded = cpu_training.encode_position(feature_map, self.proj)
+        else:
+            encoded = feature_map + self.proj(feature_map)
+        return torch.cat((cls, map_to_tokens(encoded)), dim=1)
 
 
 class ConvRelPosEnc(nn.Module):
@@ -54,6 +50,10 @@ class ConvRelPosEnc(nn.Module):
             nn.Conv2d(channels, channels, window, padding=window // 2, groups=channels)
             for (window, _), channels in zip(windows, self.channel_splits, strict=True)
         )
+
+    def windows(self) -> list[nn.Conv2d]:
+        """Return the convolutions, one a window size."""
+        return [conv for conv in self.conv_list if isinstance(conv, nn.Conv2d)]
 
     def forward(self, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
         """Return `EV` (B, h, N, c) from Q and V of the same shape; zero at the class token."""

@@ -1,4 +1,4 @@
-"""The eight published CoaT variants, and a toy one for tests.
+"""The eight published CoaT variants, two small ones of ours, and toys for tests.
 
 Sizes: Tables 1 and 2 of "Co-Scale Conv-Attentional Image Transformers" (arXiv 2104.06399) and
 the authors' code; accuracy: their README and timm's results tables; parameters and MACs: timm.
@@ -46,6 +46,8 @@ class Variant:
 
     `windows` maps a CRPE window size to the number of heads that use it.
     `parallel_depth` is 0 for CoaT-Lite. `input_size` is the side of the published square input.
+    `counted` are the parameters in millions and the GMACs of one of ours that is for use, with
+    1,000 classes as the published figures are.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Variant:
     windows: tuple[tuple[int, int], ...] = ((3, 2), (5, 3), (7, 3))
     patch_size: int = 4
     published: Published | None = None
+    counted: tuple[float, float] | None = None
 
     @property
     def num_features(self) -> int:
@@ -125,8 +128,14 @@ _TABLE = (
     ),
     # Ours, not the paper's, and without published weights: about a million parameters, to be
     # trained from scratch on little data and few cores.
-    Variant("coat_lite_nano", (32, 64, 128, 160), (1, 1, 2, 1), 0, (8, 8, 4, 4), input_size=64),
-    Variant("coat_nano", (32, 96, 96, 96), (1, 1, 1, 1), 2, (4, 4, 4, 4), input_size=64),
+    Variant(
+        "coat_lite_nano", (32, 64, 128, 160), (1, 1, 2, 1), 0, (8, 8, 4, 4),
+        input_size=64, counted=(1.113, 0.0220),
+    ),
+    Variant(
+        "coat_nano", (32, 96, 96, 96), (1, 1, 1, 1), 2, (4, 4, 4, 4),
+        input_size=64, counted=(0.922, 0.0366),
+    ),
     # Ours as well: every part of the network in milliseconds, for tests.
     Variant("coat_toy", (16, 24, 24, 24), (1, 1, 1, 1), 2, (2, 2, 2, 2), input_size=64),
     Variant("coat_lite_toy", (16, 24, 32, 40), (1, 2, 1, 1), 0, (2, 2, 2, 2), input_size=64),

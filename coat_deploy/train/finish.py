@@ -30,8 +30,8 @@ PICTURES = (HISTORY_PICTURE, "training.svg", CONFUSION_PICTURE, "confusion.svg")
 class Story:
     """How a model came to be: what its card and its metrics tell besides its accuracy.
 
-    `preset` and `source` as the user named them; `history` one report an epoch; `processes` took
-    part; `began_from` None from scratch.
+    `preset` and `source` as the user named them; `history` one report an epoch, as far as it is
+    known; `processes` took part; `began_from` None from scratch.
     """
 
     preset: str
@@ -68,17 +68,17 @@ def write_model(model: Model, spec: ModelSpec, outcome: Outcome, story: Story) -
 
 def measured(spec: ModelSpec, outcome: Outcome, story: Story) -> dict[str, Any]:
     """Return the content of `metrics.json`: accuracy of the weights kept, then time and speed."""
-    last = story.history[-1]
+    last = story.history[-1] if story.history else None
     return {
         **outcome.quality.to_json(spec.label_names),
         "data": dataset(story.source)[0],
         "training_images": outcome.images,
-        "epochs": last.epoch,
+        "epochs": last.epoch if last else outcome.epoch,
         "epoch_kept": outcome.epoch,
         "seconds": outcome.seconds,
         "images_per_s": _mean([report.images_per_s for report in story.history]),
         "data_share": _mean([report.data_share for report in story.history]),
-        "checkpoint_share": last.checkpoint_share,
+        "checkpoint_share": last.checkpoint_share if last else None,
         "processes": story.processes,
         "machine": asdict(story.machine),
     }
@@ -90,7 +90,8 @@ def pictures(name: str, spec: ModelSpec, outcome: Outcome, story: Story) -> dict
     for picture in PICTURES:
         suffix = Path(picture).suffix
         if picture.startswith("training"):
-            drawn[picture] = draw_history(story.history, suffix, name)
+            if story.history:
+                drawn[picture] = draw_history(story.history, suffix, name)
         else:
             confusion = outcome.quality.confusion
             drawn[picture] = draw_confusion(confusion, spec.label_names, suffix, name)
@@ -110,17 +111,17 @@ def _facts(name: str, spec: ModelSpec, outcome: Outcome, story: Story) -> CardFa
         weights=story.began_from,
         data=story.source,
         train_images=outcome.images,
-        epochs=story.history[-1].epoch,
+        epochs=story.history[-1].epoch if story.history else outcome.epoch,
         seconds=outcome.seconds,
         machine=story.machine.summary(),
         quality=outcome.quality,
         processes=story.processes,
         kept_epoch=outcome.epoch,
-        history_picture=HISTORY_PICTURE,
+        history_picture=HISTORY_PICTURE if story.history else None,
         confusion_picture=CONFUSION_PICTURE,
         recipe_file=RECIPE,
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -18,13 +18,14 @@ from coat_deploy.json_files import read_json
 from coat_deploy.machine import describe
 from coat_deploy.model import CONFIG, Model
 from coat_deploy.spec import ModelSpec, WeightsRecord
+from coat_deploy.train.card_metadata import dataset
 from coat_deploy.train.checkpoint import FILE as CHECKPOINT
 from coat_deploy.train.checkpoint import Checkpoint, load_checkpoint
 from coat_deploy.train.finish import METRICS, RECIPE, Story, write_model
 from coat_deploy.train.loop import LAST_BATCH, Outcome, Plan, Training
 from coat_deploy.train.progress import EpochReport, Watcher
 from coat_deploy.train.recipe import Recipe, read_recipe
-from coat_deploy.train.records import Chronicle, Optional
+from coat_deploy.train.records import Chronicle, Dispensable
 from coat_deploy.train.start import SCRATCH, begin, plan_spec
 from coat_deploy.train.tensorboard import TensorBoard
 from coat_deploy.transaction import writing
@@ -82,7 +83,7 @@ class Job:
             **_fixed(self.recipe),
             "variant": self.variant,
             "classes": self.splits.train.label_names,
-            "data": self.source,
+            "data": dataset(self.source)[0],
         }
         for name, value in wanted.items():
             if there[name] != value:
@@ -134,7 +135,7 @@ class Job:
         if step == 0:
             self._set_aside()
         history = Chronicle(self._folder / HISTORY, step // training.supply.order.steps)
-        board = Optional(TensorBoard(self._folder, step + 1))
+        board = Dispensable(TensorBoard(self._folder, step + 1))
         training.watchers = (history, board, *watchers)
         return history
 

@@ -93,6 +93,10 @@ class Diverged(TrainingError):
     """A training whose loss is no number any more; every process tells so, of the same step."""
 
 
+class Abandoned(TrainingError):
+    """A training that lost another of its processes, which will have told why."""
+
+
 class Training:
     """A training under way. `stop` is asked after every step whether to save and leave.
 
@@ -170,7 +174,21 @@ class Training:
         }
 
     def run(self) -> Outcome:
-        """Train to the end. Raises Stopped, Diverged; TrainingError when memory runs out."""
+        """Train to the end.
+
+        Raises: Stopped; Diverged; Abandoned; TrainingError when memory runs out.
+        """
+        try:
+            return self._to_the_end()
+        except RuntimeError as error:
+            if self.accelerator.num_processes > 1 and _is_lost_connection(error):
+                raise Abandoned(
+                    "training: another process ended, and this one cannot go on alone. See what "
+                    "that one said, then go on with --resume."
+                ) from error
+            raise
+
+    def _to_the_end(self) -> Outcome:
         order, position = self.supply.order, self.position
         while position.step < self.schedule.steps and not self._is_stale():
             epoch, first = divmod(position.step, order.steps)
@@ -178,7 +196,6 @@ class Training:
             self._epoch(epoch, first)
             self._end_epoch(epoch + 1)
         self._save()
-        # Of a sharded network only the first process holds the best weights.
         if position.best_epoch:
             load_weights(self.network, self.best)
             return self._outcome(position.best_epoch)
@@ -207,7 +224,7 @@ class Training:
                     break  # saved, if need be, once the epoch is evaluated
                 if len(self._unread) >= every:
                     self._read_losses()
-                self._save_if_asked()
+                    self._save_if_asked()
         self._read_losses()
 
     def _step(self, step: int, epoch: int, batches: Generator[Batch]) -> None:
@@ -382,3 +399,8 @@ class Training:
         self.position.seconds += took
         self.position.checkpoint_seconds += took
         self.saved_at = time.monotonic()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Tell whether an error is that of a process whose partner is gone; gloo has no class of it."""
+    return isinstance(error, torch.distributed.DistError) or "by peer" in str(error)

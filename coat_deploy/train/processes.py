@@ -33,19 +33,16 @@ def open_processes(recipe: Recipe, device: str = "auto", threads: int | None = N
     torch.set_flush_denormal(True)
     # Accelerate keeps one state a process, and would refuse a second training's precision.
     AcceleratorState._reset_state()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of CPU launches without Intel's extension
-            accelerator = Accelerator(
-                # Told of no GPU, it would let processes on CPUs train apart, each for itself.
-                cpu=device == "cpu" or not torch.accelerator.is_available(),
-                mixed_precision=_PRECISIONS[recipe.precision],
-                gradient_accumulation_steps=recipe.accumulate,
-            )
-    except ValueError as error:
-        if recipe.precision == "fp16":
-            raise UsageError("precision fp16: needs a GPU. Use bf16 or fp32 on a CPU.") from error
-        raise
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of CPU launches without Intel's extension
+        accelerator = Accelerator(
+            # Told of no GPU, it would let processes on CPUs train apart, each for itself.
+            cpu=device == "cpu" or not torch.accelerator.is_available(),
+            mixed_precision=_PRECISIONS[recipe.precision],
+            gradient_accumulation_steps=recipe.accumulate,
+        )
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("precision fp16: needs a GPU. Use bf16 or fp32 on a CPU.")
     _check_sharding(accelerator)
     return accelerator
 

@@ -52,7 +52,7 @@ class Chronicle:
             self._file = None
 
 
-class Optional:
+class Dispensable:
     """Passes on what it is told, until that cannot be written. A `Watcher`."""
 
     def __init__(self, watcher: Watcher) -> None:

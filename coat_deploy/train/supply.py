@@ -273,9 +273,7 @@ class StreamSupply:
 
 def _report(faults: Sequence[str], total: int, tell: bool) -> None:
     """Tell each image that is left out, once. Raises ImageError when that is every one."""
+    if len(faults) == total:
+        raise ImageError(f"none of the {total} training images can be read. The first: {faults[0]}")
     for fault in faults if tell else ():
         _log.warning("skipped: %s", fault)
-    if len(faults) == total:
-        raise ImageError(
-            f"none of the {total} training images can be read. Give others, or mend them."
-        )

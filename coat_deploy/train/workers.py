@@ -35,6 +35,8 @@ def in_workers(
     with warnings.catch_warnings():
         # More workers than cores may well wait for a disk together.
         warnings.filterwarnings("ignore", "This DataLoader will create")
+        # Python's word on forking beside PyTorch's threads, whose locks no worker takes.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         loader: DataLoader[Result] = DataLoader(
             _Items(read, len(chosen)),
             sampler=chosen,  # each is handed to `read`

@@ -14,6 +14,7 @@ from coat_deploy.graph.coat import GraphOptions, author_graph
 from coat_deploy.graph.form import get_form
 from coat_deploy.graph.serialise import serialise
 from coat_deploy.network.coat import create_network
+from coat_deploy.network.variants import get_variant
 from coat_deploy.network.weights import load_checkpoint
 from coat_deploy.runner import FEATURES, LOGITS
 from coat_deploy.spec import ModelSpec, Preprocess
@@ -55,7 +56,7 @@ class ModelFolder:
 
     def expected(self, pixels: np.ndarray, features: bool = False) -> dict[str, np.ndarray]:
         """Return the network's outputs in float64."""
-        network = create_network("coat_toy", 10, features=features).double().eval()
+        network = create_network(self.spec.architecture, 10, features=features).double().eval()
         state = {key: torch.from_numpy(value) for key, value in self.weights.items()}
         network.load_state_dict(state, strict=not features)
         with torch.inference_mode():
@@ -67,9 +68,20 @@ class ModelFolder:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    spec = ModelSpec("coat_toy", 10, 24, Preprocess((64, 64)))
+    return random_model(tmp_path_factory, "coat_toy")
+
+
+@pytest.fixture(scope="session", params=["coat_nano", "coat_lite_nano"])
+def nano(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """The variants of our own that are for use, not only for tests."""
+    return random_model(tmp_path_factory, request.param)
+
+
+def random_model(tmp_path_factory: pytest.TempPathFactory, name: str) -> ModelFolder:
+    variant = get_variant(name)
+    spec = ModelSpec(name, 10, variant.num_features, Preprocess((64, 64)), timm=variant.timm)
     weights = load_checkpoint("random:1", spec).tensors
-    folder = tmp_path_factory.mktemp("models") / "toy"
+    folder = tmp_path_factory.mktemp("models") / name
     write_model(folder, spec, weights)
     return ModelFolder(folder, spec, weights)
 

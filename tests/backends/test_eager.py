@@ -25,6 +25,12 @@ def test_the_runner_computes_the_network(model, runner, pixels, distance) -> Non
         assert distance(got["logits"], model.expected(x)["logits"]) < 1e-5
 
 
+def test_a_nano_is_loaded_by_its_variant_not_by_timms_name(nano, pixels, distance) -> None:
+    x = pixels(2)
+    with eager.load(nano.path, LoadOptions()) as runner:
+        assert distance(runner.run(x)["logits"], nano.expected(x)["logits"]) < 1e-5
+
+
 def test_the_runner_describes_itself(runner) -> None:
     assert runner.target == "eager"
     assert runner.inputs == (TensorSpec("pixels", "float32", ("batch", 3, "height", "width")),)

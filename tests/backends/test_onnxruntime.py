@@ -44,6 +44,13 @@ def test_a_dynamic_graph_runs_at_any_size(model, dynamic, pixels, distance) -> N
             assert distance(got, model.expected(x)["logits"]) < 1e-5
 
 
+def test_a_nano_runs_with_a_fixed_and_a_dynamic_size(nano, pixels, distance, tmp_path) -> None:
+    x = pixels(3)
+    for size in ((64, 64), None):
+        with onnxruntime.load(nano.write_graph(tmp_path, size), OPTIONS) as runner:
+            assert distance(runner.run(x)["logits"], nano.expected(x)["logits"]) < 1e-5
+
+
 def test_the_runner_describes_itself(runner, dynamic) -> None:
     assert runner.target == "onnxruntime"
     assert runner.inputs == (TensorSpec("pixels", "float32", ("batch", 3, 64, 64)),)

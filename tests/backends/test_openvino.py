@@ -63,6 +63,13 @@ def test_a_graph_of_odd_size_runs(model, pixels, distance, tmp_path) -> None:
         assert distance(runner.run(x)["logits"], model.expected(x)["logits"]) < 1e-5
 
 
+def test_a_nano_runs_with_a_fixed_and_a_dynamic_size(nano, pixels, distance, tmp_path) -> None:
+    x = pixels(3)
+    for size in ((64, 64), None):
+        with openvino.load(nano.write_graph(tmp_path, size, target="openvino"), OPTIONS) as runner:
+            assert distance(runner.run(x)["logits"], nano.expected(x)["logits"]) < 1e-5
+
+
 def test_the_runner_describes_itself(runner, dynamic) -> None:
     assert runner.target == "openvino"
     assert runner.inputs == (TensorSpec("pixels", "float32", ("?", 3, 64, 64)),)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from coat_deploy.artifact import Artifact
 from coat_deploy.cli.models import models
 from coat_deploy.digest import sha256_bytes
+from coat_deploy.network.variants import get_variant
 from coat_deploy.repository import Model
 from coat_deploy.spec import ModelSpec, Preprocess, WeightsRecord
 
@@ -141,6 +142,15 @@ def test_a_fine_tuned_classifier_changes_parameters_and_has_no_published_accurac
     # 998 classes less, each with 152 weights and a bias.
     assert entry["params_m"] == pytest.approx(5.50 - 998 * 153 / 1e6, abs=0.005)
     assert (entry["gmacs"], entry["top1"]) == (4.35, None)
+
+
+def test_a_model_of_a_variant_of_ours_has_its_size_and_no_accuracy(folder: Path) -> None:
+    variant = get_variant("coat_lite_nano")
+    spec = ModelSpec(variant.name, 10, 160, Preprocess((64, 64)), timm=variant.timm)
+    put(folder / "mine", spec, WeightsRecord("training"))
+    entry = listed()["mine"]
+    assert entry["architecture"] == "coat_lite_nano"
+    assert (entry["params_m"], entry["gmacs"], entry["top1"]) == (0.95, 0.022, None)
 
 
 def test_figures_of_another_size_do_not_hold(folder: Path) -> None:

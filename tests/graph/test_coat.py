@@ -22,7 +22,8 @@ from coat_deploy.runner import FEATURES
 from coat_deploy.spec import ModelSpec, Preprocess
 
 TOYS = ["coat_toy", "coat_lite_toy"]
-PUBLISHED = [name for name, variant in VARIANTS.items() if variant.published]
+NANOS = ["coat_nano", "coat_lite_nano"]
+REAL = [name for name in VARIANTS if name not in TOYS]
 OPSETS = range(18, 24)
 FORM_CHOICES = {
     "default": GraphForm(),
@@ -215,7 +216,22 @@ def test_an_image_of_a_batch_does_not_see_the_others(make_case, pixels, open_ses
     assert distance(run(x)["logits"], singly) < ROUNDING
 
 
-# The published variants
+# The variants for use
+
+
+@pytest.mark.parametrize("name", NANOS)
+def test_a_nano_is_the_network_in_float64(difference64, make_case, name) -> None:
+    for size in ((64, 64), None):
+        for form in FORM_CHOICES.values():
+            assert difference64(make_case(name), (64, 64), size, form=form) < 1e-10
+
+
+@pytest.mark.parametrize("name", NANOS)
+def test_a_nano_agrees_with_eager_at_any_size(make_case, pixels, open_session, name) -> None:
+    run, case = open_session(make_case(name).graph(None)), make_case(name)
+    for size in ((64, 64), (224, 160), (75, 50)):
+        x = pixels(2, size)
+        assert distance(run(x)["logits"], case.eager(x)["logits"]) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -272,10 +288,10 @@ for target, size in (("onnxruntime", (side, side)), ("openvino", None)):
     "name",
     [
         pytest.param(name, marks=[pytest.mark.slow] if "medium" in name else [])
-        for name in PUBLISHED
+        for name in REAL
     ],
 )
-def test_a_published_variant_is_authored_without_torch_and_shape_arithmetic(name) -> None:
+def test_a_variant_is_authored_without_torch_and_shape_arithmetic(name) -> None:
     shapes = expected_shapes(ModelSpec(name, 1000, 0, Preprocess((224, 224))))
     done = subprocess.run(
         [sys.executable, "-c", AUTHOR_WITHOUT_TORCH, name],

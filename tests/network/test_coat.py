@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -64,6 +65,15 @@ def test_parameters_and_macs_are_the_published_ones(name: str) -> None:
         network = create_network(name)
     assert f"{count_parameters(network) / 1e6:.2f}" == params_m
     assert f"{count_macs(network, (side, side)) / 1e9:.2f}" == gmacs
+
+
+@pytest.mark.parametrize("name", ["coat_lite_nano", "coat_nano"])
+def test_a_nano_has_the_parameters_and_macs_of_the_table(name: str) -> None:
+    with torch.device("meta"):
+        network = create_network(name)
+    counted = count_parameters(network) / 1e6, count_macs(network, (64, 64)) / 1e9
+    assert counted == pytest.approx(get_variant(name).counted, rel=0.002)
+    assert counted[0] == pytest.approx(1, rel=0.15)
 
 
 def test_counting_macs_leaves_the_network_as_it_was() -> None:
@@ -262,9 +272,23 @@ def test_stochastic_depth_acts_in_training_only(make: Make, name: str) -> None:
     assert not torch.equal(stochastic.train()(images()), plain(images()))
 
 
+@pytest.mark.parametrize("name", ["coat_toy", "coat_lite_toy"])
+def test_every_block_has_the_same_rate_of_stochastic_depth_as_in_timm(
+    name: str, timm: ModuleType
+) -> None:
+    form = get_variant(name).timm
+    assert form is not None
+    theirs = timm.create_model(form.architecture, drop_path_rate=0.3, **form.args)
+    rates = [m.drop_prob for m in theirs.modules() if isinstance(m, timm.layers.DropPath)]
+    ours = create_network(name, drop_path=0.3)
+    assert [m.probability for m in ours.modules() if isinstance(m, DropPath)] == rates
+    assert set(rates) == {0.3}
+
+
 def test_stochastic_depth_drops_whole_images_and_keeps_the_expectation() -> None:
     torch.manual_seed(0)
-    dropped = DropPath(0.2).train()(torch.ones(20_000, 3, 2))
+    x, branch = torch.full((20_000, 3, 2), 7.0), torch.ones(20_000, 3, 2)
+    dropped = DropPath(0.2).train()(x, branch) - x
     assert torch.equal(dropped, dropped[:, :1, :1].expand_as(dropped))
     assert set(dropped.unique().tolist()) == {0.0, 1.25}
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -26,15 +27,23 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # as trainings set it, for the whole process
 
 
 @pytest.fixture(scope="session")
 def toys() -> ModuleType:
-    """The module `toys.py`, loaded by its path: test folders are no packages."""
-    spec = importlib.util.spec_from_file_location("toys", FOLDER / "toys.py")
+    """The module `toys.py`."""
+    return load("toys")
+
+
+def load(name: str) -> ModuleType:
+    """Return a module of this folder by its path: test folders are no packages."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))  # scripts import their neighbours by name
+        spec.loader.exec_module(module)
     return module
 
 
@@ -79,3 +88,19 @@ def run_processes(tmp_path_factory: pytest.TempPathFactory) -> RunProcesses:
         return [path.read_text() for path in printed]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def scenarios() -> ModuleType:
+    """The module `two_processes.py`, whose scenarios one process may run as well."""
+    return load("two_processes")
+
+
+@pytest.fixture(scope="session")
+def two_processes(
+    run_processes: RunProcesses, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], Path, list[str]]:
+    """What both processes of `two_processes.py` found, their folder, and what each printed."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    printed = run_processes("two_processes.py", folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)], folder, printed

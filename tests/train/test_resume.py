@@ -10,12 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +25,10 @@ RECIPE = {
     "mix-share": 0.5, "validate-every": 1, "checkpoint-minutes": 0,
 }  # fmt: skip
 """Everything that draws and everything that accumulates."""
-STEPS = 18
 TIMES = ("images_per_s", "data_share", "checkpoint_share", "seconds")
+
+
+Result = tuple[bytes, list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Runs:
         assert process.returncode == 0, said
         return said
 
-    def result(self, name: str) -> tuple[bytes, list[dict[str, str]]]:
+    def result(self, name: str) -> Result:
         """Return the bytes of the weights, and the history without its times."""
         weights = (self.models / name / "model.safetensors").read_bytes()
         with (self.models / name / "training" / "history.csv").open(newline="") as file:
@@ -101,54 +101,61 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, toys) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory, toys) -> Runs:
     folder = tmp_path_factory.mktemp("resume")
     pictures = toys.Pictures(count=60)
     for i in range(len(pictures)):
         place = folder / "data" / pictures.label_names[pictures.labels[i]] / f"{i:02}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
-        picture: Image.Image = pictures.image(i)
-        picture.save(place)
-    yield Runs(folder / "data", folder / "models")
+        pictures.image(i).save(place)
+    return Runs(folder / "data", folder / "models")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(runs: Runs) -> tuple[bytes, list[dict[str, str]]]:
-    runs.finish("uninterrupted")
-    result = runs.result("uninterrupted")
-    assert [row["step"] for row in result[1]] == ["6", "12", str(STEPS)]
-    return result
+def uninterrupted(runs: Runs) -> Result:
+    """What came of a training in one go; `--resume` finds nothing to go on from, and begins."""
+    runs.finish("uninterrupted", "--resume")
+    return runs.result("uninterrupted")
 
 
-def test_killed_twice_anywhere_it_ends_with_the_same_bits(runs, uninterrupted):
+@pytest.fixture(scope="module")
+def interruptions(runs: Runs) -> list[tuple[int, str]]:
+    """Status and last words of one training, ended four times at any moment, then finished."""
     draw = random.Random(1)
-    for words in ((), ("--resume",)):
-        status, said = runs.stop("killed", signal.SIGKILL, draw.randint(1, 7), *words)
-        assert status == -signal.SIGKILL, said
-        assert not (runs.models / "killed" / "config.json").exists()
-    runs.finish("killed", "--resume")
-    assert runs.result("killed") == uninterrupted
+    left = []
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+        words = ["--resume"] if left else []
+        left.append(runs.stop("interrupted", number, draw.randint(1, 4), *words))
+        assert not (runs.models / "interrupted" / "config.json").exists()
+    runs.finish("interrupted", "--resume")
+    return left
 
 
-def test_ctrl_c_and_sigterm_save_first_and_resuming_gives_the_same_bits(runs, uninterrupted):
-    folder = runs.models / "stopped" / "training"
-    for number, words in ((signal.SIGINT, ()), (signal.SIGTERM, ("--resume",))):
-        status, said = runs.stop("stopped", number, 2, *words)
-        assert status == 128 + number, said
-        *_, noted, last = said.splitlines()
-        assert noted == "saving; once more to stop at once."
-        assert last.startswith("coat-deploy: training: stopped at step ")
-        assert last.endswith(f" of {STEPS} and saved in {folder}. Go on with --resume.")
-    runs.finish("stopped", "--resume")
-    assert runs.result("stopped") == uninterrupted
+def test_killed_and_stopped_anywhere_it_ends_with_the_same_bits(runs, uninterrupted, interruptions):
+    weights, history = uninterrupted
+    assert [row["step"] for row in history] == ["6", "12", "18"]
+    assert runs.result("interrupted") == (weights, history)
 
 
-def test_resuming_what_never_began_begins_it_and_what_is_finished_does_nothing(
-    runs, uninterrupted
-):
-    runs.finish("first", "--resume")
-    assert runs.result("first") == uninterrupted
-    written = _stamp(runs.models / "first" / "model.safetensors")
-    said = runs.finish("first", "--resume")
-    assert said == "first: was trained to its end before; nothing is left to do.\n"
-    assert _stamp(runs.models / "first" / "model.safetensors") == written
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_the_exit_status_tells_the_signal(number, interruptions):
+    status = -number if number == signal.SIGKILL else 128 + number
+    assert status in [left for left, _ in interruptions]
+
+
+@pytest.mark.parametrize("turn", [1, 3])
+def test_what_was_saved_is_told_in_one_line(turn, runs, interruptions):
+    _, said = interruptions[turn]
+    assert said.count("saving; once more to stop at once.\n") == 1
+    *_, last = said.splitlines()
+    assert last.startswith("coat-deploy: training: stopped at step ")
+    place = runs.models / "interrupted" / "training"
+    assert last.endswith(f" of 18 and saved in {place}. Go on with --resume.")
+
+
+def test_resuming_what_is_finished_does_nothing(runs, uninterrupted):
+    weights = runs.models / "uninterrupted" / "model.safetensors"
+    written = _stamp(weights)
+    said = runs.finish("uninterrupted", "--resume")
+    assert said == "uninterrupted: was trained to its end before; nothing is left to do.\n"
+    assert _stamp(weights) == written

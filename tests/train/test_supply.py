@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory  # what a loader calls
 
 from coat_deploy.errors import ImageError, UsageError
 from coat_deploy.train.supply import (
@@ -297,8 +298,6 @@ def test_more_workers_than_cores_are_nobodys_business():
 def test_a_loader_for_a_gpu_pins_the_tensors_of_a_batch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     batch = Batch(torch.zeros(2), torch.ones(2), torch.tensor([2, 2]), ("a", "b"))
-    from torch.utils.data._utils.pin_memory import pin_memory  # what the loader calls
-
     pinned, faults = pin_memory((batch, {}))
     assert [t.tolist() for t in (pinned.images, pinned.aspects, pinned.labels)] == [
         [1, 1], [2, 2], [3, 3]

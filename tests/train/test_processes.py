@@ -1,0 +1,78 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from coat_deploy.errors import UsageError
+from coat_deploy.train import processes
+from coat_deploy.train.processes import open_processes
+
+
+def test_one_process_on_the_cpu(toys):
+    accelerator = open_processes(toys.recipe(accumulate=3), "cpu")
+    assert accelerator.device.type == "cpu"
+    assert (accelerator.num_processes, accelerator.process_index) == (1, 0)
+    assert accelerator.gradient_accumulation_steps == 3
+
+
+def test_a_second_training_may_have_another_precision(toys):
+    for precision, expected in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        accelerator = open_processes(toys.recipe(precision=precision), "cpu")
+        assert accelerator.mixed_precision == expected
+
+
+def test_bf16_is_the_precision_of_products_and_not_of_weights(toys):
+    accelerator = open_processes(toys.recipe(precision="bf16"), "cpu")
+    network = torch.nn.Linear(3, 2)
+    with accelerator.autocast():
+        assert network(torch.ones(1, 3)).dtype == torch.bfloat16
+    assert network.weight.dtype == torch.float32
+
+
+def test_fp16_on_a_cpu_is_one_clear_line(toys):
+    with pytest.raises(UsageError, match="precision fp16: needs a GPU. Use bf16 or fp32"):
+        open_processes(toys.recipe(precision="fp16"), "cpu")
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones(toys):
+    with pytest.raises(UsageError, match="unknown device 'cup' .known: auto, cpu.*'cpu'"):
+        open_processes(toys.recipe(), "cup")
+
+
+def test_threads_are_set_where_they_are_given(toys):
+    open_processes(toys.recipe(), "cpu", threads=2)
+    assert torch.get_num_threads() == 2
+    open_processes(toys.recipe(), "cpu")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def test_numbers_too_small_for_normal_floats_are_zero(toys):
+    open_processes(toys.recipe(), "cpu")
+    assert (torch.tensor([1e-39]) * 1).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "second", "accepted"),
+    [
+        (DistributedType.NO, False, True),
+        (DistributedType.MULTI_GPU, False, True),
+        (DistributedType.MULTI_CPU, False, True),
+        (DistributedType.FSDP, True, True),
+        (DistributedType.FSDP, False, False),
+        (DistributedType.DEEPSPEED, False, False),
+        (DistributedType.MEGATRON_LM, False, False),
+    ],
+)
+def test_only_engines_that_leave_the_parameters_visible_are_accepted(
+    toys, monkeypatch, kind, second, accepted
+):
+    cuda = torch.device("cuda")
+    opened = SimpleNamespace(distributed_type=kind, is_fsdp2=second, device=cuda)
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: opened)
+    if accepted:
+        assert open_processes(toys.recipe()) is opened
+        return
+    with pytest.raises(UsageError, match="cannot train by .*Set fsdp_version: 2"):
+        open_processes(toys.recipe())
