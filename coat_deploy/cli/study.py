@@ -1,5 +1,6 @@
 """`coat-deploy study`: the paper's tables, on your images and this machine."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,11 +120,11 @@ def ablate(
     from coat_deploy.study.tables import ablation_rows
     from coat_deploy.study.trial import STUDY_FIELDS
     from coat_deploy.study.trials import plan_trials, run_trials
-    from coat_deploy.train.recipe import get_preset, read_recipe
+    from coat_deploy.train.recipe import read_recipe, resolve_recipe
 
     given = {"epochs": epochs} if epochs else {}
     fields = {**STUDY_FIELDS, **(read_recipe(file) if file else {}), **given}
-    resolved = get_preset("small", data).replace(fields)
+    resolved = resolve_recipe("small", data, fields)
     data_options = DataOptions()
     classes = len(open_splits(data, data_options).train.label_names)  # and fail early
     cells = all_cells([{"positions": POSITIONS, "co-scale": CO_SCALE}[name] for name in tables])
@@ -166,9 +167,10 @@ def keep(record: Path, document: dict[str, Any]) -> None:
     """Append the tables, and when they were made, to the record."""
     from datetime import UTC, datetime
 
-    from coat_deploy.study.trials import append
+    from coat_deploy.measure.latency import append_records
 
-    append(record, {"time": datetime.now(UTC).isoformat(timespec="seconds"), **document})
+    line = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **document}
+    append_records(record, [json.dumps(line, allow_nan=False)])
 
 
 def render_ablation(rows: "Sequence[Row]") -> str:

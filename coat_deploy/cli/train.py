@@ -1,19 +1,20 @@
 """`coat-deploy train`. Its options are the fields of a recipe, besides those written out here."""
 
 import contextlib
-import inspect
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coat_deploy.cli import console
+from coat_deploy.cli.recipe_options import with_recipe_options
+from coat_deploy.cli.training_report import render_training
 from coat_deploy.errors import CoatDeployError, UsageError
-from coat_deploy.train.recipe import KNOBS, PRESETS, Recipe, get_preset, read_recipe
+from coat_deploy.train.recipe import PRESETS, Recipe, read_recipe, resolve_recipe
 
 if TYPE_CHECKING:
     from coat_deploy.data.sources import DataOptions
@@ -117,7 +118,8 @@ def train(
 
     A recipe is the paper's for ImageNet, changed by the preset, a file and single options, in
     this order. Ctrl-C saves; the same command with --resume goes on. On several GPUs or machines:
-    `accelerate launch -m coat_deploy train ...`.
+    `torchrun --nproc-per-node 8 -m coat_deploy train ...`, or `accelerate launch` with its own
+    configuration, for FSDP too.
     """
     from coat_deploy.data.sources import DataOptions
 
@@ -150,9 +152,9 @@ def resolve(preset: str, source: str, file: Path | None, fields: Mapping[str, An
 
     Raises: UsageError.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
-    of_file = read_recipe(file) if file else {}
-    return get_preset(preset, source).replace({**of_file, **given})
+    given = read_recipe(file) if file else {}
+    given |= {name: value for name, value in fields.items() if value is not None}
+    return resolve_recipe(preset, source, given)
 
 
 def prepare(
@@ -194,7 +196,7 @@ def run(
     """
     from coat_deploy.cli.stopping import stopping_on_signals
     from coat_deploy.cli.training_progress import training_progress
-    from coat_deploy.train.loop import Stopped
+    from coat_deploy.train.plan import Stopped
     from coat_deploy.train.processes import open_processes
 
     if resume and not overwrite and (metrics := job.finished()) is not None:
@@ -225,17 +227,17 @@ def finish(
     push_to_hub: str | None,
     as_json: bool,
 ) -> None:
-    """Upload the model if asked to, and report."""
-    if push_to_hub:
-        from coat_deploy.network.push import push_model
-
-        console.note(f"uploaded to {push_model(job.model.folder, push_to_hub)}.")
+    """Report, and upload the model if asked to."""
     report = {"model": job.model.name, "folder": str(job.model.folder.resolve()), **metrics}
     if as_json:
         console.print_json(report)
     else:
-        console.emit(render(report))
-        console.hint(f"Next: coat-deploy export {job.model.name}{_models_flag(models)}")
+        console.emit(render_training(report))
+    if push_to_hub:
+        from coat_deploy.network.push import push_model
+
+        console.note(f"uploaded to {push_model(job.model.folder, push_to_hub)}.")
+    console.hint(f"Next: coat-deploy export {job.model.name}{_models_flag(models)}")
 
 
 def _process() -> int:
@@ -251,58 +253,15 @@ def _told_once() -> Iterator[None]:
     except CoatDeployError as error:
         if int(os.environ.get("LOCAL_RANK") or 0) == 0:
             raise
-        from coat_deploy.train.loop import Abandoned, Diverged
+        from coat_deploy.train.plan import Abandoned, Diverged
 
         if isinstance(error, UsageError | Diverged | Abandoned):
             raise typer.Exit(error.exit_status) from error
         console.fail(f"process {_process()}: {error}", error.exit_status)
 
 
-def render(report: Mapping[str, Any]) -> str:
-    """Return what a finished training tells, in a few lines."""
-    low, high = report["top1_interval"]
-    return (
-        f"{report['model']}: top-1 {report['top1']:.1%} (95%: {low:.1%} to {high:.1%}), top-5 "
-        f"{report['top5']:.1%} on {report['images']} validation images.\n"
-        f"{report['epochs']} epochs in {report['seconds'] / 60:.1f} min, "
-        f"{report['images_per_s']:.0f} images/s; data {report['data_share']:.0%} of a step, "
-        f"checkpoints {report['checkpoint_share']:.1%} of the time.\n"
-        f"Written to {report['folder']}\n"
-    )
-
-
 def _models_flag(models: Path | None) -> str:
     return f" --models {models}" if models else ""
 
 
-def _option(name: str) -> inspect.Parameter:
-    """Return the option that sets a field of the recipe; None leaves it."""
-    knob, kind = KNOBS[name], type(getattr(Recipe(), name))
-    flag = "--" + name.replace("_", "-")
-    declarations = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-    metavar = {int: "N", float: "X", str: "NAME", bool: ""}[kind]
-    option = typer.Option(
-        *declarations, help=knob.help, rich_help_panel=f"Recipe: {knob.group}", metavar=metavar
-    )
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, option],
-    )
-
-
-def _with_recipe_options(command: Callable[..., None]) -> None:
-    """Give the command an option for every field of a recipe, in the place of `fields`."""
-    signature = inspect.signature(command)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    options = [_option(name) for name in KNOBS]
-    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*keyword, *options]
-    )
-    command.__annotations__ |= {option.name: option.annotation for option in options}
-    command.__annotations__.pop("fields")
-
-
-_with_recipe_options(train)
+with_recipe_options(train)

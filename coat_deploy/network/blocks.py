@@ -49,8 +49,9 @@ class DropPath(nn.Module):
         self.probability = probability
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """Return `x + branch`; the branch left out of a random share of the images in training,
-        and scaled up for the others.
+        """Return `x + branch`, in training without the branch for a random share of the images.
+
+        It is scaled up for the others.
         """
         if not self.training or self.probability == 0:
             return x + branch

@@ -72,7 +72,9 @@ def conv_attention(
     """
     weights, biases = ([getattr(c, name) for c in windows] for name in ("weight", "bias"))
     with torch.autocast("cpu", enabled=False):
-        attended: Tensor = _ConvAttention.apply(qkv, num_heads, scale, size, *weights, *biases)
+        attended: Tensor = _ConvAttention.apply(  # type: ignore[no-untyped-call]
+            qkv, num_heads, scale, size, *weights, *biases
+        )
     return attended
 
 
@@ -99,7 +101,7 @@ class _ConvAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, q_heads, k_heads, v_heads, context, v_map, encoded, weight = ctx.saved_tensors
         num_heads = ctx.num_heads
@@ -145,9 +147,9 @@ def _as_many(weight: Tensor, bias: Tensor, shapes: Sequence[torch.Size]) -> list
     margins = [(weight.shape[-1] - shape[-1]) // 2 for shape in shapes]
     weights = [
         part[:, :, margin : margin + shape[-1], margin : margin + shape[-1]]
-        for part, margin, shape in zip(weight.split(channels), margins, shapes, strict=True)
+        for part, margin, shape in zip(torch.split(weight, channels), margins, shapes, strict=True)
     ]
-    return [*weights, *bias.split(channels)]
+    return [*weights, *torch.split(bias, channels)]
 
 
 def _split(x: Tensor, num_heads: int) -> Tensor:
@@ -159,12 +161,13 @@ def _split(x: Tensor, num_heads: int) -> Tensor:
 
 def _join(heads: Tensor, num_heads: int) -> Tensor:
     """Return heads (B*h, N, c) as a view (B, N, h, c)."""
-    return heads.unflatten(0, (-1, num_heads)).transpose(1, 2)
+    rows, tokens, head_channels = heads.shape
+    return heads.view(rows // num_heads, num_heads, tokens, head_channels).transpose(1, 2)
 
 
 def _write(x: Tensor, heads: Tensor, num_heads: int) -> None:
     """Write heads (B*h, N, c) into tokens (B, N, C), part of a wider tensor."""
-    x.unflatten(-1, (num_heads, -1)).copy_(_join(heads, num_heads))
+    x.view(*x.shape[:2], num_heads, -1).copy_(_join(heads, num_heads))
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -194,7 +197,9 @@ def feed_forward(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     far less memory, of which the FFN otherwise takes the most.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _FeedForward.apply(rows, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    y: Tensor = _FeedForward.apply(  # type: ignore[no-untyped-call]
+        rows, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    )
     return y.reshape(x.shape)
 
 
@@ -213,7 +218,7 @@ class _FeedForward(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight1, bias1, weight2 = ctx.saved_tensors
         grad_x = torch.empty_like(x)
@@ -231,4 +236,4 @@ class _FeedForward(torch.autograd.Function):
 def _pieces(hidden: int, *rows: Tensor) -> Any:
     """Yield as many of the rows (R, C) of each tensor at once as have `PIECE_ELEMENTS` hidden."""
     count = max(1, PIECE_ELEMENTS * torch.get_num_threads() // hidden)
-    return zip(*(x.split(count) for x in rows), strict=True)
+    return zip(*(torch.split(x, count) for x in rows), strict=True)

@@ -26,7 +26,7 @@ class ConvPosEnc(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Return tokens (B, N, C) with their position encoded; the class token passes through."""
-        cls, image = x.split((1, x.shape[1] - 1), dim=1)
+        cls, image = torch.split(x, [1, x.shape[1] - 1], dim=1)
         feature_map = tokens_to_map(image, size)
         if cpu_training.suits(x):
             encoded = cpu_training.encode_position(feature_map, self.proj)

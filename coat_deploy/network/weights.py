@@ -191,7 +191,6 @@ def fit(
         head = {key: shape for key, shape in shapes.items() if is_head(key)}
         kept = {key: value for key, value in kept.items() if not is_head(key)}
         kept |= random_tensors(head, (), HEAD_SEED)
-        log.warning("%s: head drawn at random for %d classes", subject, spec.num_classes)
     for key, value in kept.items():
         if not np.isfinite(value).all():
             raise WeightsError(f"{subject}: tensor {key} holds NaN or Inf. Take another one.")
@@ -203,6 +202,8 @@ def fit(
             f"{subject}: does not fit {spec.architecture} with {spec.num_classes} classes: "
             f"{faults}. {_hint(wrong, tensors, spec)}"
         )
+    if replace_head:
+        log.warning("%s: head drawn at random for %d classes", subject, spec.num_classes)
     return {key: kept[key] for key in shapes}
 
 

@@ -45,7 +45,8 @@ def run_trial(trial: Trial, threads: int) -> dict[str, Any]:
     threads: compute threads, set for the whole process.
     Raises: UsageError, ImageError, TrainingError as training does.
     """
-    from coat_deploy.train.loop import Plan, Training
+    from coat_deploy.train.loop import Training
+    from coat_deploy.train.plan import Plan
     from coat_deploy.train.processes import open_processes
     from coat_deploy.train.start import SCRATCH, plan_spec
 

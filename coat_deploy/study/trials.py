@@ -1,7 +1,6 @@
 """The trials of a study, several at a time, each result kept as soon as it is there."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from coat_deploy.data.options import DataOptions
 from coat_deploy.errors import RepositoryError, UsageError
+from coat_deploy.measure.latency import append_records
 from coat_deploy.study.cells import Cell
 from coat_deploy.study.trial import Trial, run_trial
 from coat_deploy.train.recipe import Recipe
@@ -53,7 +53,7 @@ def run_trials(
             result = future.result()
             known[result["key"]] = result
             if record:
-                append(record, result)
+                append_records(record, [json.dumps(result, allow_nan=False)])
             tell(result)
     except BaseException:
         for process in list(getattr(pool, "_processes", {}).values()):
@@ -80,17 +80,4 @@ def read_record(path: Path) -> Iterator[Result]:
     except (OSError, ValueError) as error:
         raise RepositoryError(
             f"{path}: not a record that can be read ({error}). Name another file."
-        ) from error
-
-
-def append(path: Path, line: Result) -> None:
-    """Append a line to a record, down to the disk. Raises RepositoryError."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise RepositoryError(
-            f"{path}: cannot be written ({error.strerror}). Name another file."
         ) from error

@@ -17,7 +17,7 @@ from coat_deploy.spec import ModelSpec, WeightsRecord
 from coat_deploy.train.card import CardFacts, render_card
 from coat_deploy.train.card_metadata import dataset
 from coat_deploy.train.curves import draw_confusion, draw_history
-from coat_deploy.train.loop import Outcome
+from coat_deploy.train.plan import Outcome
 from coat_deploy.train.progress import EpochReport
 from coat_deploy.train.recipe import Recipe
 

@@ -22,7 +22,9 @@ from coat_deploy.train.card_metadata import dataset
 from coat_deploy.train.checkpoint import FILE as CHECKPOINT
 from coat_deploy.train.checkpoint import Checkpoint, load_checkpoint
 from coat_deploy.train.finish import METRICS, RECIPE, Story, write_model
-from coat_deploy.train.loop import LAST_BATCH, Outcome, Plan, Training
+from coat_deploy.train.loop import Training
+from coat_deploy.train.losses import LAST_BATCH
+from coat_deploy.train.plan import Outcome, Plan
 from coat_deploy.train.progress import EpochReport, Watcher
 from coat_deploy.train.recipe import Recipe, read_recipe
 from coat_deploy.train.records import Chronicle, Dispensable
@@ -107,7 +109,7 @@ class Job:
             before the new model is complete.
         stop: asked after every step whether to save and leave.
 
-        Raises: `loop.Stopped`; UsageError, TrainingError, ImageError or WeightsError before
+        Raises: `plan.Stopped`; UsageError, TrainingError, ImageError or WeightsError before
             anything is written for what cannot be trained; RepositoryError.
         """
         first = accelerator.is_main_process

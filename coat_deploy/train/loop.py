@@ -12,30 +12,25 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
-from coat_deploy.data.dataset import Dataset, Stream
 from coat_deploy.errors import TrainingError
-from coat_deploy.measure.quality import Quality
 from coat_deploy.network.variants import get_variant
-from coat_deploy.spec import ModelSpec
 from coat_deploy.train.augment import Augment
 from coat_deploy.train.average import Average
 from coat_deploy.train.checkpoint import Checkpoint, Position
 from coat_deploy.train.evaluation import Evaluation
+from coat_deploy.train.losses import Losses
 from coat_deploy.train.memory import is_out_of_memory, out_of_memory
 from coat_deploy.train.mixing import Mixing, soft_cross_entropy
 from coat_deploy.train.optimiser import create_optimiser, set_rate
 from coat_deploy.train.order import draw_seed
+from coat_deploy.train.plan import Abandoned, Outcome, Plan, Stopped
 from coat_deploy.train.progress import EpochReport, StepReport, Watcher
-from coat_deploy.train.recipe import Recipe
 from coat_deploy.train.schedule import Schedule
 from coat_deploy.train.state import (
     load_checkpoint_into,
@@ -48,53 +43,8 @@ from coat_deploy.train.supply import STORED_SIDE, Batch, Share, open_supply
 
 _log = logging.getLogger(__name__)
 
-LAST_BATCH = "last_batch.txt"
-NAMED_IMAGES = 3
 READ_EVERY = 10
 """Steps between readings of the loss where it lies on a device: each one waits for the device."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be trained, on what, how, and where what it needs to go on is kept.
-
-    `run` holds whatever a resumed training must have in common with the one it resumes.
-    """
-
-    spec: ModelSpec
-    network: nn.Module
-    recipe: Recipe
-    train: Dataset | Stream
-    validation: Dataset
-    folder: Path
-    run: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out: weights by key on the CPU, and how good they are on the validation images.
-
-    `epoch` is the one whose weights these are: the last, or with `patience` the best.
-    `images` were there to train on.
-    """
-
-    weights: Mapping[str, Tensor]
-    quality: Quality
-    epoch: int
-    images: int
-    seconds: float
-
-
-class Stopped(TrainingError):
-    """A training that was asked to stop; everything it needs to go on was saved."""
-
-
-class Diverged(TrainingError):
-    """A training whose loss is no number any more; every process tells so, of the same step."""
-
-
-class Abandoned(TrainingError):
-    """A training that lost another of its processes, which will have told why."""
 
 
 class Training:
@@ -146,7 +96,7 @@ class Training:
         self.best: Mapping[str, Tensor] = {}
         self.position = Position()
         self.saved_at = time.monotonic()
-        self._unread: list[tuple[Tensor, StepReport, tuple[str, ...]]] = []
+        self.losses = Losses(plan.folder)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Raises TrainingError for one of another training."""
@@ -222,7 +172,7 @@ class Training:
                 self._step(step, epoch, batches)
                 if (step + 1) % order.steps == 0:
                     break  # saved, if need be, once the epoch is evaluated
-                if len(self._unread) >= every:
+                if len(self.losses) >= every:
                     self._read_losses()
                     self._save_if_asked()
         self._read_losses()
@@ -253,7 +203,7 @@ class Training:
             step + 1, self.schedule.steps, epoch + 1, self.recipe.epochs, math.nan, rate,
             self.schedule.images, took, position.data_seconds - data_before,
         )  # fmt: skip
-        self._unread.append((torch.stack(losses).mean(), report, tuple(names)))
+        self.losses.add(torch.stack(losses).mean(), report, names)
 
     def _prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return a batch on the device, augmented and mixed, and its targets (B, K)."""
@@ -293,34 +243,11 @@ class Training:
         return loss.detach().float()
 
     def _read_losses(self) -> None:
-        """Read the losses of the steps since the last reading, over all processes, and tell them.
-
-        Raises: Diverged for one that is no number, naming images of its step.
-        """
-        if not self._unread:
-            return
-        losses = torch.stack([loss for loss, _, _ in self._unread])
-        values = self.accelerator.reduce(losses, "mean").tolist()
-        for value, (_, report, names) in zip(values, self._unread, strict=True):
-            if not math.isfinite(value):
-                self._refuse(value, report, names)
-            self.position.loss_sum += value
+        """Add up and tell the losses of the steps since the last reading. Raises Diverged."""
+        for report in self.losses.read(self.accelerator):
+            self.position.loss_sum += report.loss
             for watcher in self.watchers:
-                watcher.step(replace(report, loss=value))
-        self._unread.clear()
-
-    def _refuse(self, loss: float, report: StepReport, names: Sequence[str]) -> NoReturn:
-        every = names if self.accelerator.num_processes == 1 else gather_object(list(names))
-        path = self.plan.folder / LAST_BATCH
-        if self.accelerator.is_main_process:
-            with contextlib.suppress(OSError):
-                path.write_text("".join(f"{name}\n" for name in every), encoding="utf-8")
-        raise Diverged(
-            f"training: the loss is {loss} at step {report.step} (epoch {report.epoch}, learning "
-            f"rate {report.learning_rate:.3g}). Its images: {', '.join(every[:NAMED_IMAGES])}, ... "
-            f"(all {len(every)} in {path}). Look at them, lower learning_rate or set clip_norm; "
-            "what was saved before is as it was."
-        )
+                watcher.step(report)
 
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate if it is time (epochs counted from 1), tell, and save if asked or due."""

@@ -44,6 +44,9 @@ def open_processes(recipe: Recipe, device: str = "auto", threads: int | None = N
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("precision fp16: needs a GPU. Use bf16 or fp32 on a CPU.")
     _check_sharding(accelerator)
+    if accelerator.num_processes > 1:
+        # Gradients of depthwise windows may be laid out otherwise, which costs next to nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return accelerator
 
 

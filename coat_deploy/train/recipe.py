@@ -217,7 +217,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # From scratch on thousands of images, in minutes on a CPU.
     "small": {
-        "epochs": 220, "batch_size": 64, "learning_rate": 1.2e-2, "warmup_epochs": 5.0,
+        "epochs": 190, "batch_size": 64, "learning_rate": 1.2e-2, "warmup_epochs": 5.0,
         "final_factor": 0.01, "clip_norm": 1.0, "ema_decay": 0.998, "crop_min": 0.25,
         "rand_augment": 0, "jitter": 0.2, "erase": 0.2, "mixup": 0.2, "mix_share": 0.5,
         "repeats": 1, "drop_path": 0.05, "crop_pct": 1.0, "validate_every": 10,
@@ -245,6 +245,20 @@ def get_preset(name: str, source: str = "") -> Recipe:
     if name not in PRESETS:
         raise UsageError(unknown_name("preset", name, PRESETS))
     return Recipe().replace({**PRESETS[name], **SOURCE_FIELDS.get(source, {})})
+
+
+def resolve_recipe(preset: str, source: str, given: Mapping[str, Any]) -> Recipe:
+    """Return a preset's recipe with the fields `given` set over it.
+
+    Where the number of epochs is given and the warm-up is not, the preset's is shortened to a
+    tenth of a training that is short for it.
+    Raises: UsageError.
+    """
+    recipe = get_preset(preset, source)
+    epochs = given.get("epochs")
+    if type(epochs) is int and "warmup_epochs" not in given:
+        given = {**given, "warmup_epochs": min(recipe.warmup_epochs, epochs / 10)}
+    return recipe.replace(given)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

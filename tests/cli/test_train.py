@@ -160,10 +160,11 @@ def test_a_training_reports_its_epochs_and_what_came_of_it(train, tmp_path):
     ran = train()
     assert ran.status == 0, ran.err
     assert [line.split("  ")[0] for line in ran.err.splitlines()] == ["epoch 1/2", "epoch 2/2"]
-    first, second, third = ran.out.splitlines()
+    first, second, third, *tables = ran.out.splitlines()
     assert first.startswith("new: top-1 ") and first.endswith(" on 3 validation images.")
     assert second.startswith("2 epochs in ") and "images/s" in second
     assert third == f"Written to {tmp_path / 'models' / 'new'}"
+    assert any(line.startswith("class ") for line in tables)
 
 
 def test_a_recipe_file_is_changed_by_options(train, tmp_path):

@@ -286,10 +286,7 @@ for target, size in (("onnxruntime", (side, side)), ("openvino", None)):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if "medium" in name else [])
-        for name in REAL
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] if "medium" in name else []) for name in REAL],
 )
 def test_a_variant_is_authored_without_torch_and_shape_arithmetic(name) -> None:
     shapes = expected_shapes(ModelSpec(name, 1000, 0, Preprocess((224, 224))))

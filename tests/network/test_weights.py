@@ -19,7 +19,7 @@ from coat_deploy.network.weights import (
     read_safetensors,
     to_safetensors,
 )
-from coat_deploy.spec import ModelSpec, Preprocess, WeightsRecord
+from coat_deploy.spec import ModelSpec, Preprocess, TimmForm, WeightsRecord
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
@@ -343,7 +343,8 @@ def test_the_timm_source_asks_for_the_variants_repository(tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", ALL)
 def test_keys_and_shapes_are_those_of_timm(name, timm):
     with torch.device("meta"):
-        theirs = timm.create_model(name).state_dict()
+        form = get_variant(name).timm or TimmForm(name, {})
+        theirs = timm.create_model(form.architecture, **form.args).state_dict()
     ours = weights.expected_shapes(spec_of(name, 1000))
     assert ours == {key: tuple(value.shape) for key, value in theirs.items()}
 

@@ -5,9 +5,10 @@ import pytest
 
 from coat_deploy.data.options import DataOptions
 from coat_deploy.errors import RepositoryError, UsageError
+from coat_deploy.measure.latency import append_records
 from coat_deploy.network.variants import get_variant
 from coat_deploy.study.cells import Cell
-from coat_deploy.study.trials import append, plan_trials, read_record, run_trials
+from coat_deploy.study.trials import plan_trials, read_record, run_trials
 from coat_deploy.train.recipe import get_preset
 
 CELLS = [
@@ -58,8 +59,7 @@ def test_error_of_a_trial_ends_the_study(tmp_path):
 
 def test_tables_in_a_record_are_no_trials(tmp_path):
     record = tmp_path / "study.jsonl"
-    append(record, {"key": "a", "top1": 0.5})
-    append(record, {"ablation": []})
+    append_records(record, ['{"key": "a", "top1": 0.5}', '{"ablation": []}'])
     assert list(read_record(record)) == [{"key": "a", "top1": 0.5}]
 
 

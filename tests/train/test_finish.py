@@ -21,7 +21,7 @@ from coat_deploy.runner import LoadOptions
 from coat_deploy.spec import WeightsRecord
 from coat_deploy.train import finish
 from coat_deploy.train.finish import CARD, METRICS, PICTURES, RECIPE, Story, write_model
-from coat_deploy.train.loop import Outcome
+from coat_deploy.train.plan import Outcome
 from coat_deploy.train.progress import EpochReport
 from coat_deploy.train.recipe import Recipe, read_recipe
 from coat_deploy.train.start import plan_spec

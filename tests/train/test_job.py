@@ -23,7 +23,7 @@ from coat_deploy.network.weights import load_checkpoint
 from coat_deploy.train import finish, history, loop
 from coat_deploy.train import job as job_module
 from coat_deploy.train.job import Job
-from coat_deploy.train.loop import Diverged, Stopped
+from coat_deploy.train.plan import Diverged, Stopped
 from coat_deploy.train.processes import open_processes
 from coat_deploy.train.recipe import read_recipe
 

@@ -14,7 +14,9 @@ import torch
 
 from coat_deploy.errors import TrainingError
 from coat_deploy.train.checkpoint import load_checkpoint
-from coat_deploy.train.loop import LAST_BATCH, Diverged, Outcome, Plan, Stopped, Training
+from coat_deploy.train.loop import Training
+from coat_deploy.train.losses import LAST_BATCH
+from coat_deploy.train.plan import Diverged, Outcome, Plan, Stopped
 from coat_deploy.train.processes import open_processes
 from coat_deploy.train.progress import EpochReport, StepReport
 

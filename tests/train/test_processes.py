@@ -69,7 +69,7 @@ def test_only_engines_that_leave_the_parameters_visible_are_accepted(
     toys, monkeypatch, kind, second, accepted
 ):
     cuda = torch.device("cuda")
-    opened = SimpleNamespace(distributed_type=kind, is_fsdp2=second, device=cuda)
+    opened = SimpleNamespace(distributed_type=kind, is_fsdp2=second, device=cuda, num_processes=1)
     monkeypatch.setattr(processes, "Accelerator", lambda **_: opened)
     if accepted:
         assert open_processes(toys.recipe()) is opened

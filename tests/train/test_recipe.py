@@ -15,6 +15,7 @@ from coat_deploy.train.recipe import (
     Recipe,
     get_preset,
     read_recipe,
+    resolve_recipe,
 )
 
 FRACTIONS = [field.name for field in dataclasses.fields(Recipe) if isinstance(field.default, float)]
@@ -205,3 +206,10 @@ def test_a_file_may_set_a_few_fields_with_whole_numbers_for_fractions(tmp_path):
 def test_importing_the_recipe_imports_no_pytorch():
     code = "import sys, coat_deploy.train.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_short_training_shortens_the_presets_warm_up():
+    assert resolve_recipe("small", "", {"epochs": 10}).warmup_epochs == 1
+    assert resolve_recipe("small", "", {"epochs": 500}).warmup_epochs == 5
+    assert resolve_recipe("small", "", {"epochs": 10, "warmup_epochs": 3}).warmup_epochs == 3
+    assert resolve_recipe("small", "", {}) == get_preset("small")
