@@ -126,6 +126,8 @@ def validate(
     from coat_deploy.repository import Repository, read_labels
     from coat_deploy.runner import LoadOptions
 
+    if bool(images) == bool(data):
+        raise UsageError("images: give either --images or --data (got both or neither).")
     opened = Repository.open(models).find(model)
     sizes = read_sizes(size, opened.spec)
     found = find_images(images, data, console.counts(batch, "batch", 1024), limit)
@@ -193,12 +195,10 @@ def validate(
 def find_images(
     paths: Sequence[Path] | None, source: str | None, batch_sizes: Sequence[int], limit: int | None
 ) -> "Images":
-    """Return the images of `--images` or of `--data`. Raises UsageError for both or neither."""
+    """Return the images of `--images`, or of `--data` where that is given. Raises UsageError."""
     from coat_deploy.cli.inputs import find, of_dataset
     from coat_deploy.data.sources import open_split
 
-    if bool(paths) == bool(source):
-        raise UsageError("images: give either --images or --data (got both or neither).")
     if source:
         return of_dataset(open_split(source, None), batch_sizes, limit)
     return find(paths or (), batch_sizes, limit)

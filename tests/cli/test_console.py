@@ -83,7 +83,7 @@ def test_help_needs_neither_torch_nor_a_runtime_and_is_quick():
     [
         (("exprot", "m"), "No such command 'exprot'"),
         (("export",), "Missing argument 'MODEL'"),
-        (("validate", "m"), "Missing option '--images'"),
+        (("validate", "m"), "give either --images or --data"),
         (("export", "m", "--tarjet", "openvino"), "--target"),
         (("selftest", "m", "--threads", "0"), "must be 1 to 1024 (got 0)"),
         (("selftest", "m", "--threads", "many"), "'--threads'"),
