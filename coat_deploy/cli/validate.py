@@ -127,7 +127,10 @@ def validate(
     from coat_deploy.runner import LoadOptions
 
     if bool(images) == bool(data):
-        raise UsageError("images: give either --images or --data (got both or neither).")
+        raise UsageError(
+            "images: give either --images or --data (got both or neither). "
+            "Try: coat-deploy validate --help"
+        )
     opened = Repository.open(models).find(model)
     sizes = read_sizes(size, opened.spec)
     found = find_images(images, data, console.counts(batch, "batch", 1024), limit)
