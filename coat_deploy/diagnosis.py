@@ -43,7 +43,12 @@ OWNERS = {
 }
 """Packages that install one and the same module; two at once overwrite each other's files."""
 
-_EXTRAS = {"torch": "exporting and validating", "plot": "the charts of bench"}
+_EXTRAS = {
+    "torch": "exporting and validating",
+    "train": "training",
+    "datasets": "training data of Hugging Face datasets",
+    "plot": "the charts of bench",
+}
 # The first of each row that the processor has is told.
 _MATRIX_UNITS = (
     (

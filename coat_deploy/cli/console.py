@@ -34,8 +34,11 @@ SIGNALS = {
 }
 """Signals that ask us to end, and what we say then."""
 
-_EXPORTING = ("torch", "onnx", "onnxscript", "safetensors")
-"""Modules that a machine which only runs artifacts does without."""
+_EXTRAS = {
+    **dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors"), "torch"),
+    "accelerate": "train",
+}
+"""Modules that a machine which only runs artifacts does without, and the extra they are of."""
 
 settings = {"debug": False}
 
@@ -122,10 +125,10 @@ def _explain(error: BaseException, received: Sequence[int]) -> tuple[int, str | 
         return 128 + number, f"{SIGNALS[signal.Signals(number)]}; nothing was left half done."
     if isinstance(error, CoatDeployError):
         return error.exit_status, str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in _EXPORTING:
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         return 1, (
-            f"package {error.name} is not installed (exporting and validating need it). "
-            'Run: pip install "coat-deploy[torch]"'
+            f"package {error.name} is not installed, and this command needs it. "
+            f'Run: pip install "coat-deploy[{_EXTRAS[error.name]}]"'
         )
     if isinstance(error, MemoryError):
         return 1, "out of memory. Use a smaller --batch or --size."

@@ -80,6 +80,15 @@ def train(
             help="Read images on the way instead of fetching all of them first.",
         ),
     ] = False,
+    stream_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=DATA,
+            help="Images in an epoch of a stream that does not tell.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -133,6 +142,7 @@ def train(
             image_column=image_column,
             label_column=label_column,
             streaming=streaming,
+            stream_length=stream_length,
         )
         if push_to_hub:
             from coat_deploy.network.push import check_push

@@ -15,7 +15,8 @@ from coat_deploy.study.cells import Cell
 from coat_deploy.train.recipe import Recipe
 
 STUDY_FIELDS: Mapping[str, Any] = {
-    "epochs": 20, "mix_share": 0.0, "crop_min": 0.35, "validate_every": 100_000,
+    "epochs": 20, "mix_share": 0.0, "weight_decay": 0.05, "drop_path": 0.05,
+    "validate_every": 100_000,
 }  # fmt: skip
 """What the tables' trainings change in the preset `small`: short ones, so that what a part of the
 network is worth shows in minutes; mixing only pays in long trainings."""

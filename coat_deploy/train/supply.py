@@ -225,7 +225,7 @@ class StreamSupply:
         if data.length is None:
             raise UsageError(
                 "training images: the stream does not tell how many an epoch has. "
-                "Leave out --streaming, or choose a source that tells."
+                "Give it with --stream-length, or leave out --streaming."
             )
         self._data, self._side, self._share = data, side, share
         self.order = share.order(data.length)

@@ -395,8 +395,10 @@ def test_json_md_shows_objects_that_are_json():
     assert all(isinstance(json.loads(block), dict) for block in blocks)
 
 
-@pytest.mark.parametrize("module", ["onnx", "torch"])
-def test_a_package_that_exporting_lacks_is_one_line(module, capsys):
+@pytest.mark.parametrize(
+    ("module", "extra"), [("onnx", "torch"), ("torch", "torch"), ("accelerate", "train")]
+)
+def test_a_package_that_a_command_lacks_is_one_line(module, extra, capsys):
     @console.guarded
     def command() -> None:
         raise ModuleNotFoundError(f"No module named '{module}'", name=module)
@@ -404,4 +406,4 @@ def test_a_package_that_exporting_lacks_is_one_line(module, capsys):
     with pytest.raises(typer.Exit) as left:
         command()
     assert left.value.exit_code == 1
-    assert 'Run: pip install "coat-deploy[torch]"' in capsys.readouterr().err
+    assert f'Run: pip install "coat-deploy[{extra}]"' in capsys.readouterr().err

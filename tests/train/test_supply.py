@@ -231,7 +231,7 @@ def test_an_empty_stream_is_one_clear_line(toys):
 def test_a_stream_of_unknown_length_is_refused_with_the_way_out(toys):
     reel = toys.Reel(toys.Pictures(4))
     reel.length = None
-    with pytest.raises(UsageError, match="does not tell how many.*Leave out --streaming"):
+    with pytest.raises(UsageError, match="does not tell how many.*leave out --streaming"):
         StreamSupply(reel, SIDE, Share(2))
 
 
