@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coat_deploy.cli import console
+from coat_deploy.cli.data_options import DATA, ImageColumnOption, LabelColumnOption
 from coat_deploy.cli.predict import default_target
 from coat_deploy.cli.quality_report import render_quality
 from coat_deploy.cli.sizes import check_sizes
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from coat_deploy.open import Source
     from coat_deploy.spec import Preprocess, Size
 
-DATA, PREPARED = "Which data", "How images are prepared. Default: as the model serves them"
+PREPARED = "How images are prepared. Default: as the model serves them"
 
 
 def evaluate(
@@ -74,14 +75,8 @@ def evaluate(
             help="Evaluate at most so many images, evenly spread.",
         ),
     ] = None,
-    image_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", rich_help_panel=DATA, help="Column that holds the images."),
-    ] = None,
-    label_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", rich_help_panel=DATA, help="Column that holds the classes."),
-    ] = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
     streaming: Annotated[
         bool,
         typer.Option(

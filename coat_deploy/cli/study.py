@@ -63,8 +63,7 @@ def study(
 
     Trains small variants with and without the position encodings (CPE, CRPE) and with each way of
     co-scale, several seeds each, and prints top-1 with its deviation beside parameters, MACs and
-    latency; then the cost of every published variant. The defaults take under an hour on two
-    cores.
+    latency; then the cost of every published variant.
     """
     from coat_deploy.study.cells import variant_cells
 

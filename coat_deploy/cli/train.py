@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coat_deploy.cli import console
+from coat_deploy.cli.data_options import DATA, ImageColumnOption, LabelColumnOption
 from coat_deploy.cli.recipe_options import with_recipe_options
 from coat_deploy.cli.training_report import render_training
 from coat_deploy.errors import CoatDeployError, UsageError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from coat_deploy.data.sources import DataOptions
     from coat_deploy.train.job import Job
 
-DATA, RUN = "Data", "Running"
+RUN = "Running"
 DEFAULT_PRESET = "small"
 
 
@@ -63,14 +64,8 @@ def train(
     validation_split: Annotated[
         str | None, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Split to evaluate on.")
     ] = None,
-    image_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", rich_help_panel=DATA, help="Column that holds the images."),
-    ] = None,
-    label_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", rich_help_panel=DATA, help="Column that holds the classes."),
-    ] = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
     streaming: Annotated[
         bool,
         typer.Option(
