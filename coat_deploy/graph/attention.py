@@ -13,12 +13,11 @@ What differs from the network's file, and why:
 Letters as in the network: B batch, N = 1 + H*W tokens, C channels.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from coat_deploy.graph.author import Author, Floats, Value
+from coat_deploy.graph.author import Author, Floats, Layer, Value
 from coat_deploy.graph.folds import head_mask, merge_windows
 from coat_deploy.graph.form import GraphForm
 from coat_deploy.graph.tokens import Tokens, from_map, rows, to_map
@@ -26,39 +25,41 @@ from coat_deploy.graph.tokens import Tokens, from_map, rows, to_map
 Weights = Mapping[str, Floats]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """One of Q, K, V: weight (C, C) and bias (C,), cut from the network's joint `qkv`."""
-
-    weight: Floats
-    bias: Floats
+def read_products(weights: Weights, path: str) -> list[Layer]:
+    """Return the layers of Q, K and V, cut from the joint `qkv` of the attention at `path`."""
+    weight, bias = weights[f"{path}.qkv.weight"], weights[f"{path}.qkv.bias"]
+    return [Layer(*part) for part in zip(np.split(weight, 3), np.split(bias, 3), strict=True)]
 
 
 def conv_attention(
-    a: Author, weights: Weights, path: str, x: Tokens, crpe: str, form: GraphForm, num_heads: int
+    a: Author,
+    weights: Weights,
+    path: str,
+    x: Tokens,
+    products: Sequence[Layer],
+    crpe: str,
+    form: GraphForm,
+    num_heads: int,
 ) -> Tokens:
     """Return conv-attention with its output projection, of normed tokens.
 
-    `path` leads to the attention's weights, `crpe` to the scale's shared encoding.
+    `path` leads to the attention's weights, `crpe` to the scale's shared encoding; `products`
+    are the layers of Q, K and V.
     """
-    channels = x.grid.channels
-    weight, bias = weights[f"{path}.qkv.weight"], weights[f"{path}.qkv.bias"]
-    q, k, v = (
-        Projection(*part) for part in zip(np.split(weight, 3), np.split(bias, 3), strict=True)
-    )
+    channels, (q, k, v) = x.grid.channels, products
     mask = head_mask(channels, num_heads, (channels / num_heads) ** -0.5)
     fold = x.grid.num_tokens >= form.fold_context_ratio * channels
     with a.scope("factoratt_crpe"):
-        v_image = a.linear(x.image, v.weight, v.bias, "v")
+        v_image = a.linear(x.image, v, "v")
         context = _context(a, x, k, v, v_image, mask, fold)  # (B, C, C)
         image = _attend_image(a, weights, x, q, v_image, context, crpe)
-        q_cls = a.linear(x.cls, q.weight, q.bias, "q_cls", key=a.path("q"))
+        q_cls = a.linear(x.cls, q, "q_cls", key=a.path("q"))
         q_cls = a.reshape(q_cls, a.integers(-1, 1, channels), "q_cls_token")
         cls = rows(a, a.matmul(q_cls, context, "factor_att_cls"), channels)
-        proj = weights[f"{path}.proj.weight"], weights[f"{path}.proj.bias"]
+        proj = Layer(weights[f"{path}.proj.weight"], weights[f"{path}.proj.bias"])
         return Tokens(
-            a.linear(image, *proj, "proj"),
-            a.linear(cls, *proj, "proj_cls", key=a.path("proj")),
+            a.linear(image, proj, "proj"),
+            a.linear(cls, proj, "proj_cls", key=a.path("proj")),
             x.grid,
         )
 
@@ -66,8 +67,8 @@ def conv_attention(
 def _context(
     a: Author,
     x: Tokens,
-    k: Projection,
-    v: Projection,
+    k: Layer,
+    v: Layer,
     v_image: Value,
     mask: Floats,
     fold: bool,
@@ -80,10 +81,10 @@ def _context(
     s = a.softmax(keys, "softmax")
     if fold:
         mixed = rows(a, a.matmul(s, tokens, "mix"), channels)  # (B*C, C)
-        context = a.linear(mixed, v.weight, v.bias, "context", key=a.path("v"))
+        context = a.linear(mixed, v, "context", key=a.path("v"))
         context = a.reshape(context, a.integers(-1, channels, channels), "context_map")
     else:
-        v_cls = a.linear(x.cls, v.weight, v.bias, "v_cls", key=a.path("v"))
+        v_cls = a.linear(x.cls, v, "v_cls", key=a.path("v"))
         context = a.matmul(s, _all_tokens(a, v_image, v_cls, x, "v_tokens"), "context")
     return a.mul(context, a.constant(_mask_name(mask), mask), "heads")
 
@@ -103,13 +104,13 @@ def _attend_image(
     a: Author,
     weights: Weights,
     x: Tokens,
-    q: Projection,
+    q: Layer,
     v_image: Value,
     context: Value,
     crpe: str,
 ) -> Value:
     """Return conv-attention of the image rows, before the output projection."""
-    q_image = a.linear(x.image, q.weight, q.bias, "q")
+    q_image = a.linear(x.image, q, "q")
     tokens = a.reshape(q_image, x.grid.token_shape, "q_tokens")
     factor_att = rows(a, a.matmul(tokens, context, "factor_att"), x.grid.channels)
     windows = sorted(key for key in weights if key.startswith(f"{crpe}.conv_list."))

@@ -6,6 +6,7 @@ viewer, a profile or an error leads to its line of the network.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NewType
 
 import numpy as np
@@ -18,6 +19,15 @@ Value = NewType("Value", str)
 """Name of a tensor of the graph."""
 
 Floats = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer `x W^T + b`: `weight` (C_out, C_in) as PyTorch keeps it, `bias` (C_out,)."""
+
+    weight: Floats
+    bias: Floats | None
+
 
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 """Resize by axes needs 18; Gelu is one operator from 20 on."""
@@ -98,18 +108,16 @@ class Author:
         self._taken.add(candidate)
         return candidate
 
-    def linear(
-        self, x: Value, weight: Floats, bias: Floats | None, name: str, key: str | None = None
-    ) -> Value:
-        """Return `x W^T + b` of rows (R, C_in), for `weight` (C_out, C_in) as PyTorch keeps it.
+    def linear(self, x: Value, layer: Layer, name: str, key: str | None = None) -> Value:
+        """Return `x W^T + b` of rows (R, C_in).
 
         `key` names the constants where several nodes share them.
         """
         key = key or self.path(name)
-        matrix = self.constant(f"{key}.weight", weight.T)
-        if bias is None:
+        matrix = self.constant(f"{key}.weight", layer.weight.T)
+        if layer.bias is None:
             return self.node("MatMul", (x, matrix), name)[0]
-        return self.node("Gemm", (x, matrix, self.constant(f"{key}.bias", bias)), name)[0]
+        return self.node("Gemm", (x, matrix, self.constant(f"{key}.bias", layer.bias)), name)[0]
 
     def depthwise(self, x: Value, weight: Floats, bias: Floats, name: str, key: str) -> Value:
         """Return a depthwise convolution of maps (B, C, H, W), same size; `weight` (C, 1, k, k)."""

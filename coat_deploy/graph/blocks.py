@@ -6,9 +6,9 @@ behind them in a parallel block: the names by which blocks are compared with the
 
 from collections.abc import Sequence
 
-from coat_deploy.graph.attention import Weights, conv_attention
-from coat_deploy.graph.author import Author, Value
-from coat_deploy.graph.folds import fold_position
+from coat_deploy.graph.attention import Weights, conv_attention, read_products
+from coat_deploy.graph.author import Author, Layer, Value
+from coat_deploy.graph.folds import Norm, fold_norm, fold_position
 from coat_deploy.graph.form import GraphForm
 from coat_deploy.graph.tokens import Grid, Tokens, from_map, rows, to_map
 
@@ -30,26 +30,42 @@ def conv_position(a: Author, weights: Weights, path: str, x: Tokens) -> Tokens:
         return Tokens(from_map(a, encoded, x.grid.channels), x.cls, x.grid)
 
 
-def norm_tokens(a: Author, weights: Weights, path: str, x: Tokens, name: str) -> Tokens:
-    """Return the LayerNorm of image rows and class token."""
-    affine = weights[f"{path}.weight"], weights[f"{path}.bias"]
-    return Tokens(
-        a.layer_norm(x.image, *affine, LAYER_NORM_EPS, name),
-        a.layer_norm(x.cls, *affine, LAYER_NORM_EPS, f"{name}_cls"),
-        x.grid,
-    )
+def norm_tokens(
+    a: Author,
+    weights: Weights,
+    path: str,
+    x: Tokens,
+    name: str,
+    layers: Sequence[Layer],
+    fold: bool,
+) -> tuple[Tokens, list[Layer]]:
+    """Return the LayerNorm of image rows and class token, and the layers that read it.
+
+    With `fold` those are not the ones given: they have taken the norm's affine part over.
+    """
+    norm, read = Norm(weights[f"{path}.weight"], weights[f"{path}.bias"]), list(layers)
+    if fold:
+        norm, read = fold_norm(norm, read)
+    image = a.layer_norm(x.image, norm.gamma, norm.beta, LAYER_NORM_EPS, name)
+    cls = a.layer_norm(x.cls, norm.gamma, norm.beta, LAYER_NORM_EPS, f"{name}_cls")
+    return Tokens(image, cls, x.grid), read
 
 
-def ffn(a: Author, weights: Weights, path: str, x: Value, suffix: str = "") -> Value:
-    """Return linear, GELU, linear of rows (R, C)."""
+def read_ffn(weights: Weights, path: str) -> tuple[Layer, Layer]:
+    """Return the two layers of the FFN that `path` leads to."""
     fc1, fc2 = (
-        (weights[f"{path}.{layer}.weight"], weights[f"{path}.{layer}.bias"])
+        Layer(weights[f"{path}.{layer}.weight"], weights[f"{path}.{layer}.bias"])
         for layer in ("fc1", "fc2")
     )
+    return fc1, fc2
+
+
+def ffn(a: Author, x: Value, fc1: Layer, fc2: Layer, suffix: str = "") -> Value:
+    """Return linear, GELU, linear of rows (R, C)."""
     with a.scope("mlp"):
-        hidden = a.linear(x, *fc1, f"fc1{suffix}", key=a.path("fc1"))
+        hidden = a.linear(x, fc1, f"fc1{suffix}", key=a.path("fc1"))
         hidden = a.gelu(hidden, f"act{suffix}")
-        return a.linear(hidden, *fc2, f"fc2{suffix}", key=a.path("fc2"))
+        return a.linear(hidden, fc2, f"fc2{suffix}", key=a.path("fc2"))
 
 
 def serial_block(
@@ -64,17 +80,20 @@ def serial_block(
     """Return the block `path` ("serial_blocks1.0") applied to the tokens of `scale`."""
     with a.scope(path):
         x = conv_position(a, weights, f"cpe{scale}", x)
-        normed = norm_tokens(a, weights, f"{path}.norm1", x, "norm1")
         attention = f"{path}.factoratt_crpe"
-        y = conv_attention(a, weights, attention, normed, f"crpe{scale}", form, num_heads)
-        image = a.add(x.image, y.image, name="attended")
-        cls = a.add(x.cls, y.cls, name="attended_cls")
-        normed = norm_tokens(a, weights, f"{path}.norm2", Tokens(image, cls, x.grid), "norm2")
-        image_ffn = ffn(a, weights, f"{path}.mlp", normed.image)
-        cls_ffn = ffn(a, weights, f"{path}.mlp", normed.cls, "_cls")
-        return Tokens(
-            a.add(image, image_ffn, name="image"), a.add(cls, cls_ffn, name="cls"), x.grid
+        products = read_products(weights, attention)
+        normed, products = norm_tokens(
+            a, weights, f"{path}.norm1", x, "norm1", products, form.fold_norm
         )
+        y = conv_attention(a, weights, attention, normed, products, f"crpe{scale}", form, num_heads)
+        x = add_tokens(a, x, y)
+        fc1, fc2 = read_ffn(weights, f"{path}.mlp")
+        normed, (fc1,) = norm_tokens(
+            a, weights, f"{path}.norm2", x, "norm2", (fc1,), form.fold_norm
+        )
+        image = ffn(a, normed.image, fc1, fc2)
+        cls = ffn(a, normed.cls, fc1, fc2, "_cls")
+        return Tokens(a.add(x.image, image, name="image"), a.add(x.cls, cls, name="cls"), x.grid)
 
 
 def parallel_block(
@@ -92,28 +111,40 @@ def parallel_block(
         for s, x in zip(PARALLEL_SCALES, scales, strict=True):
             with a.scope(f"scale{s}"):
                 x = conv_position(a, weights, f"cpe{s}", x)
-                normed = norm_tokens(a, weights, f"{path}.norm1{s}", x, "norm1")
                 attention = f"{path}.factoratt_crpe{s}"
-                y = conv_attention(a, weights, attention, normed, f"crpe{s}", form, num_heads)
+                normed, products = norm_tokens(
+                    a,
+                    weights,
+                    f"{path}.norm1{s}",
+                    x,
+                    "norm1",
+                    read_products(weights, attention),
+                    form.fold_norm,
+                )
+                y = conv_attention(
+                    a, weights, attention, normed, products, f"crpe{s}", form, num_heads
+                )
                 encoded.append(x)
                 attended.append(y)
         if exchange_scales:
             joined = exchange(a, encoded, attended, form)
         else:
             joined = [add_tokens(a, x, y) for x, y in zip(encoded, attended, strict=True)]
-        normed_scales = [
-            norm_tokens(a, weights, f"{path}.norm2{s}", x, f"norm2{s}")
-            for s, x in zip(PARALLEL_SCALES, joined, strict=True)
-        ]
-        outputs = shared_ffn(a, weights, f"{path}.mlp2", normed_scales)
-        return [
-            Tokens(
-                a.add(x.image, y.image, name=f"image{s}"),
-                a.add(x.cls, y.cls, name=f"cls{s}"),
-                x.grid,
+        # The FFN is shared and the norms are not: each would need a copy of it to fold into.
+        ffn_layers = read_ffn(weights, f"{path}.mlp2")
+        outputs = []
+        for s, x in zip(PARALLEL_SCALES, joined, strict=True):
+            normed, _ = norm_tokens(a, weights, f"{path}.norm2{s}", x, f"norm2{s}", (), False)
+            image = ffn(a, normed.image, *ffn_layers, f"{s}")
+            cls = ffn(a, normed.cls, *ffn_layers, f"{s}_cls")
+            outputs.append(
+                Tokens(
+                    a.add(x.image, image, name=f"image{s}"),
+                    a.add(x.cls, cls, name=f"cls{s}"),
+                    x.grid,
+                )
             )
-            for s, x, y in zip(PARALLEL_SCALES, joined, outputs, strict=True)
-        ]
+        return outputs
 
 
 def add_tokens(a: Author, x: Tokens, y: Tokens) -> Tokens:
@@ -158,13 +189,3 @@ def _resample(a: Author, source: Value, grid: Grid, form: GraphForm, name: str) 
     if form.resize_layout == "nchw":
         return from_map(a, a.resize(source, grid.size, (2, 3), name), grid.channels)
     return rows(a, a.resize(source, grid.size, (1, 2), name), grid.channels)
-
-
-def shared_ffn(a: Author, weights: Weights, path: str, scales: Sequence[Tokens]) -> list[Tokens]:
-    """Return the shared FFN of each scale's tokens, one after another."""
-    return [
-        Tokens(
-            ffn(a, weights, path, x.image, f"{s}"), ffn(a, weights, path, x.cls, f"{s}_cls"), x.grid
-        )
-        for s, x in zip(PARALLEL_SCALES, scales, strict=True)
-    ]

@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from coat_deploy.errors import GraphError
 from coat_deploy.graph.attention import Weights
-from coat_deploy.graph.author import DEFAULT_OPSET, Author, Value
+from coat_deploy.graph.author import DEFAULT_OPSET, Author, Layer, Value
 from coat_deploy.graph.blocks import LAYER_NORM_EPS, parallel_block, serial_block
 from coat_deploy.graph.folds import fold_head
 from coat_deploy.graph.form import GraphForm
@@ -192,5 +192,5 @@ class _CoaT:
             weight, bias = fold_head(
                 w["aggregate.weight"].reshape(-1), w["aggregate.bias"], weight, bias
             )
-        a.linear(cls, weight, bias, LOGITS, key="head")
+        a.linear(cls, Layer(weight, bias), LOGITS, key="head")
         return {LOGITS: ("batch", len(bias))}

@@ -5,11 +5,23 @@ return numpy arrays and keep float64 when given it, so that tests can hold them 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from coat_deploy.errors import GraphError
-from coat_deploy.graph.author import Floats
+from coat_deploy.graph.author import Floats, Layer
+
+MAX_AMPLIFICATION = 4.0
+"""`fold_norm` is left out where rounding errors could grow by more than this."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The affine part of a LayerNorm: `gamma * xhat + beta`, both (C,)."""
+
+    gamma: Floats
+    beta: Floats
 
 
 def fold_position(weight: Floats) -> Floats:
@@ -61,3 +73,59 @@ def fold_head(
     """
     folded = np.concatenate([a * weight for a in aggregate], axis=1)
     return folded, bias + aggregate_bias * weight.sum(axis=1)
+
+
+def fold_norm(norm: Norm, layers: Sequence[Layer]) -> tuple[Norm, list[Layer]]:
+    """W LN(x) + b = W' LN'(x): the norm's affine part moves into the layers that read it.
+
+    LayerNorm takes the mean away, so sum_c xhat_c = 0 and one channel r says nothing new:
+    xhat_r = -sum of the others. LN' puts a 1 in its place (gamma' is 1 and beta' 0, but at r the
+    other way round), and that 1 carries the bias:
+
+        W'_c = gamma_c W_c - gamma_r W_r   (c != r),     W'_r = b + W beta
+
+    So every layer behind a norm is a product without a bias to add. Which channel is r, and
+    whether it pays: `redundant_channel`, `amplification`. Returns what it was given, where
+    errors could grow by more than MAX_AMPLIFICATION.
+    """
+    r = redundant_channel(norm.gamma, [layer.weight for layer in layers])
+    if max(amplification(norm.gamma, layer.weight, r) for layer in layers) > MAX_AMPLIFICATION:
+        return norm, list(layers)
+    gamma, beta = np.ones(len(norm.gamma)), np.zeros(len(norm.beta))
+    gamma[r], beta[r] = 0, 1
+    folded = []
+    for layer in layers:
+        weight = _without_channel(norm.gamma, layer.weight, r)
+        weight[:, r] = layer.weight @ norm.beta + (0 if layer.bias is None else layer.bias)
+        folded.append(Layer(weight, None))
+    return Norm(gamma, beta), folded
+
+
+def redundant_channel(gamma: Floats, weights: Sequence[Floats]) -> int:
+    """Return the channel whose removal by `fold_norm` lets errors grow least.
+
+    It is the one that weighs least in the layers: the least `|gamma_r| max_o |W_or|`, each layer
+    measured by its own largest row.
+    """
+    parts = [np.abs(gamma * weight) for weight in weights]
+    shares = [part.max(axis=0) / (part.sum(axis=1).max() or 1) for part in parts]
+    return int(np.argmin(np.max(shares, axis=0)))
+
+
+def amplification(gamma: Floats, weight: Floats, channel: int) -> float:
+    """Return how much more rounding may err in `W' LN'(x)` than in `W LN(x)`: a bound.
+
+    A product of rows w and x in floating point errs by at most a small multiple of the unit
+    roundoff times sum_c |w_c| |x_c| (Higham, Accuracy and Stability of Numerical Algorithms,
+    section 3.1). This is the ratio of the largest such sums, |xhat| taken as 1: 1 where the
+    channel weighs nothing, at most 2 where one row is all there is.
+    """
+    before = np.abs(gamma * weight).sum(axis=1).max()
+    after = np.abs(_without_channel(gamma, weight, channel)).sum(axis=1).max()
+    return float(after / before) if before else 1.0
+
+
+def _without_channel(gamma: Floats, weight: Floats, channel: int) -> Floats:
+    """Return W' of `fold_norm` with zeros in the place of the bias."""
+    scaled = gamma.astype(np.float64) * weight
+    return scaled - scaled[:, [channel]]

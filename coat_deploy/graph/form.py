@@ -17,17 +17,20 @@ class GraphForm:
     fold_context_ratio: with N tokens and C channels, where N >= ratio * C the context is taken
         as `(S X) Wv^T + bv` instead of `S V`. The rows of S sum to 1, so both are equal; the
         first needs no V of the class token, but one C x C x C product more.
+    fold_norm: the affine part of a LayerNorm moves into the layers that read it, which then need
+        no bias (`folds.fold_norm`). Pays where a bias is a pass of its own.
     resize_layout: where channels stand when parallel blocks resample: "nhwc" or "nchw". Not
         "nchw" for onnxruntime (tried with 1.32): its optimiser moves the Transpose before a
         Resize behind it, permutes the two sizes as if they were four, and refuses the graph.
     """
 
     fold_context_ratio: float = 2.0
+    fold_norm: bool = False
     resize_layout: Literal["nhwc", "nchw"] = "nhwc"
 
 
 FORMS: Mapping[str, GraphForm] = {
-    "onnxruntime": GraphForm(),
+    "onnxruntime": GraphForm(fold_norm=True),
     "openvino": GraphForm(resize_layout="nchw"),
 }
 """The authored form of each target that takes ONNX."""

@@ -9,7 +9,7 @@ from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
 
 from coat_deploy.errors import GraphError
-from coat_deploy.graph.author import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, Author, Value
+from coat_deploy.graph.author import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, Author, Layer, Value
 
 X = Value("x")
 OPSETS = range(MIN_OPSET, MAX_OPSET + 1)
@@ -41,14 +41,14 @@ def compute():
 
 def test_linear_equals_torch_linear(compute) -> None:
     a, x, weight, bias = Author(), draw(5, 6), draw(3, 6), draw(3)
-    a.linear(X, weight, bias, "y")
+    a.linear(X, Layer(weight, bias), "y")
     expected = torch.nn.functional.linear(*map(torch.from_numpy, (x, weight, bias))).numpy()
     assert np.abs(compute(a, x, 2) - expected).max() < 1e-5
 
 
 def test_linear_without_bias_equals_torch_linear(compute) -> None:
     a, x, weight = Author(), draw(5, 6), draw(3, 6)
-    a.linear(X, weight, None, "y")
+    a.linear(X, Layer(weight, None), "y")
     assert np.abs(compute(a, x, 2) - x @ weight.T).max() < 1e-5
 
 
@@ -164,8 +164,8 @@ def test_a_name_used_again_is_counted() -> None:
 
 
 def test_a_constant_used_twice_is_stored_once() -> None:
-    a, weight = Author(), draw(3, 3)
-    a.linear(a.linear(X, weight, None, "first", key="shared"), weight, None, "y", key="shared")
+    a, layer = Author(), Layer(draw(3, 3), None)
+    a.linear(a.linear(X, layer, "first", key="shared"), layer, "y", key="shared")
     model = finish(a, (2, 3))
     assert [tensor.name for tensor in model.graph.initializer] == ["shared.weight"]
 
@@ -187,7 +187,7 @@ def test_constants_are_float32_or_int64() -> None:
 
 def test_what_no_output_needs_is_left_out() -> None:
     a = Author()
-    hidden = a.linear(X, draw(3, 3), None, "dead")
+    hidden = a.linear(X, Layer(draw(3, 3), None), "dead")
     a.gelu(hidden, "dead_too")
     a.gelu(X, "y")
     graph = finish(a, (2, 3)).graph

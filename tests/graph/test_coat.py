@@ -30,6 +30,7 @@ FORM_CHOICES = {
     "context-folded": GraphForm(fold_context_ratio=0),
     "context-unfolded": GraphForm(fold_context_ratio=math.inf),
     "resize-nchw": GraphForm(resize_layout="nchw"),
+    "norm-folded": GraphForm(fold_norm=True),
 }
 ABLATIONS = [{"cpe": False}, {"crpe": False}, {"co_scale": "none"}, {"cpe": False, "crpe": False}]
 SIZES = [(64, 64), (75, 50), (33, 47), (32, 32), (250, 190)]

@@ -6,7 +6,18 @@ import torch
 from torch.nn.functional import conv2d
 
 from coat_deploy.errors import GraphError
-from coat_deploy.graph.folds import fold_head, fold_position, head_mask, merge_windows
+from coat_deploy.graph.author import Layer
+from coat_deploy.graph.folds import (
+    MAX_AMPLIFICATION,
+    Norm,
+    amplification,
+    fold_head,
+    fold_norm,
+    fold_position,
+    head_mask,
+    merge_windows,
+    redundant_channel,
+)
 
 LIMIT = 1e-10
 
@@ -128,3 +139,113 @@ def test_folds_keep_float64() -> None:
         *fold_head(draw(3), draw(1), draw(4, 6), draw(4)),
     )
     assert {array.dtype for array in arrays} == {np.dtype(np.float64)}
+
+
+# fold_norm
+
+
+def layer_norm(x: np.ndarray, norm: Norm, eps: float = 1e-6) -> np.ndarray:
+    """LayerNorm as written, in the precision of `x`."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + x.dtype.type(eps))
+    return (centred / deviation * norm.gamma + norm.beta).astype(x.dtype)
+
+
+def linear(x: np.ndarray, layer: Layer) -> np.ndarray:
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def draw_layers(channels: int, *widths: int, seed: int = 0) -> list[Layer]:
+    return [Layer(draw(n, channels, seed=seed) / channels**0.5, draw(n, seed=seed)) for n in widths]
+
+
+def uneven(channels: int, seed: int) -> np.ndarray:
+    """Scales from 1e-3 to 10 of both signs, and one that is nearly zero."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    gamma = 10 ** random.uniform(-3, 1, channels) * random.choice([-1, 1], channels)
+    gamma[random.integers(channels)] = 1e-12
+    return gamma
+
+
+NORMS = {
+    "trained": 1 + 0.2 * draw(48),
+    "uneven": uneven(48, 1),
+    "all the same": np.full(48, 0.7),
+    "one is zero": np.where(np.arange(48) == 7, 0.0, 1 + 0.1 * draw(48)),
+    "all but one are zero": np.where(np.arange(48) == 7, 2.0, 0.0),
+    "all are zero": np.zeros(48),
+}
+
+
+@pytest.mark.parametrize("gamma", NORMS.values(), ids=NORMS)
+def test_fold_norm_equals_the_norm_and_its_layers(gamma: np.ndarray) -> None:
+    norm, layers = Norm(gamma, draw(48, seed=2)), draw_layers(48, 30, 64)
+    x = 3 * draw(20, 48) + 5
+    folded, read = fold_norm(norm, layers)
+    assert [layer.bias for layer in read] == [None, None]
+    for before, after in zip(layers, read, strict=True):
+        left, right = linear(layer_norm(x, norm), before), linear(layer_norm(x, folded), after)
+        assert np.abs(left - right).max() < LIMIT
+
+
+def test_fold_norm_takes_a_layer_without_bias() -> None:
+    norm, layer = Norm(1 + 0.1 * draw(16), draw(16, seed=1)), Layer(draw(5, 16), None)
+    folded, (read,) = fold_norm(norm, [layer])
+    x = draw(9, 16)
+    left, right = linear(layer_norm(x, norm), layer), linear(layer_norm(x, folded), read)
+    assert np.abs(left - right).max() < LIMIT
+
+
+def test_fold_norm_puts_a_one_where_the_redundant_channel_was() -> None:
+    folded, _ = fold_norm(Norm(1 + 0.1 * draw(16), draw(16, seed=1)), draw_layers(16, 5))
+    ones = layer_norm(draw(9, 16), folded) == 1
+    assert (ones.sum(axis=1) == 1).all()
+    assert ones.all(axis=0).sum() == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fold_norm_errs_in_float32_within_its_bound(seed: int) -> None:
+    """A mean of 100 deviations: what rounding leaves of the mean is seen by every channel."""
+    norm, layers = Norm(uneven(64, seed), draw(64, seed=seed)), draw_layers(64, 96, seed=seed)
+    x = draw(200, 64, seed=seed) + 100 * draw(200, 1, seed=seed)
+    truth = linear(layer_norm(x, norm), layers[0])
+    folded, (read,) = fold_norm(norm, layers)
+    errors = []
+    for n, layer in ((norm, layers[0]), (folded, read)):
+        n = Norm(n.gamma.astype(np.float32), n.beta.astype(np.float32))
+        bias = None if layer.bias is None else layer.bias.astype(np.float32)
+        single = Layer(layer.weight.astype(np.float32), bias)
+        errors.append(np.abs(linear(layer_norm(x.astype(np.float32), n), single) - truth).max())
+    before, after = errors
+    channel = redundant_channel(norm.gamma, [layers[0].weight])
+    bound = amplification(norm.gamma, layers[0].weight, channel)
+    assert bound < 2
+    assert after < max(bound, 1) * before * 1.5  # the largest of 19,200 errors, not their bound
+
+
+@pytest.mark.parametrize("gamma", NORMS.values(), ids=NORMS)
+def test_the_redundant_channel_lets_errors_grow_least(gamma: np.ndarray) -> None:
+    weight = draw(30, 48)
+    growth = [amplification(gamma, weight, channel) for channel in range(48)]
+    chosen = growth[redundant_channel(gamma, [weight])]
+    assert chosen < 2
+    assert chosen <= np.median(growth)
+
+
+def test_one_row_lets_errors_grow_by_two_at_most() -> None:
+    for seed in range(100):
+        gamma, weight = uneven(32, seed), draw(1, 32, seed=seed)
+        assert amplification(gamma, weight, redundant_channel(gamma, [weight])) <= 2
+
+
+def test_fold_norm_leaves_alone_what_would_lose_accuracy() -> None:
+    """Each channel goes to a row of its own: none is small, and the one taken is spread over all."""
+    norm, layer = Norm(np.ones(32), draw(32)), Layer(np.eye(32), draw(32, seed=1))
+    assert amplification(norm.gamma, layer.weight, 0) == 32 - 1 > MAX_AMPLIFICATION
+    assert fold_norm(norm, [layer]) == (norm, [layer])
+
+
+def test_a_layer_that_would_lose_accuracy_keeps_its_companions_as_they_are() -> None:
+    norm, fine = Norm(np.ones(32), draw(32)), draw_layers(32, 8)[0]
+    layers = [fine, Layer(np.eye(32), draw(32, seed=1))]
+    assert fold_norm(norm, layers) == (norm, layers)
