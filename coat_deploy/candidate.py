@@ -98,7 +98,9 @@ class Candidate:
         weights = fit(tensors, self.spec, subject=subject)
         options = GraphOptions(recipe.size, recipe.features, recipe.opset)
         if recipe.form == "authored":
-            return author_graph(self.spec, weights, get_form(recipe.target), options)
+            return author_graph(
+                self.spec, weights, get_form(recipe.target, recipe.precision), options
+            )
         from coat_deploy.graph.traced import trace_graph
 
         return trace_graph(self.spec, weights, options)

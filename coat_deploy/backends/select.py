@@ -11,7 +11,7 @@ TARGETS = ("eager", "onnxruntime", "openvino")
 
 PRECISIONS = {
     "eager": ("fp32",),
-    "onnxruntime": ("fp32",),
+    "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "bf16"),
 }
 """What each target computes in; the first is its default."""

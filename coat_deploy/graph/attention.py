@@ -14,6 +14,7 @@ Letters as in the network: B batch, N = 1 + H*W tokens, C channels.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,10 +26,10 @@ from coat_deploy.graph.tokens import Tokens, from_map, rows, to_map
 Weights = Mapping[str, Floats]
 
 
-def read_products(weights: Weights, path: str) -> list[Layer]:
+def read_products(weights: Weights, path: str, form: GraphForm) -> list[Layer]:
     """Return the layers of Q, K and V, cut from the joint `qkv` of the attention at `path`."""
     weight, bias = weights[f"{path}.qkv.weight"], weights[f"{path}.qkv.bias"]
-    return [Layer(*part) for part in zip(np.split(weight, 3), np.split(bias, 3), strict=True)]
+    return [form.linear(*part) for part in zip(np.split(weight, 3), np.split(bias, 3), strict=True)]
 
 
 def conv_attention(
@@ -56,7 +57,7 @@ def conv_attention(
         q_cls = a.linear(x.cls, q, "q_cls", key=a.path("q"))
         q_cls = a.reshape(q_cls, a.integers(-1, 1, channels), "q_cls_token")
         cls = rows(a, a.matmul(q_cls, context, "factor_att_cls"), channels)
-        proj = Layer(weights[f"{path}.proj.weight"], weights[f"{path}.proj.bias"])
+        proj = form.linear(weights[f"{path}.proj.weight"], weights[f"{path}.proj.bias"])
         return Tokens(
             a.linear(image, proj, "proj"),
             a.linear(cls, proj, "proj_cls", key=a.path("proj")),
@@ -81,7 +82,8 @@ def _context(
     s = a.softmax(keys, "softmax")
     if fold:
         mixed = rows(a, a.matmul(s, tokens, "mix"), channels)  # (B*C, C)
-        context = a.linear(mixed, v, "context", key=a.path("v"))
+        exact = replace(v, int8=False)  # small, and the whole image goes through it
+        context = a.linear(mixed, exact, "context", key=a.path("v"))
         context = a.reshape(context, a.integers(-1, channels, channels), "context_map")
     else:
         v_cls = a.linear(x.cls, v, "v_cls", key=a.path("v"))

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from coat_deploy.errors import GraphError
+from coat_deploy.graph.quantize import quantize_rows
 
 Value = NewType("Value", str)
 """Name of a tensor of the graph."""
@@ -23,10 +24,14 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer `x W^T + b`: `weight` (C_out, C_in) as PyTorch keeps it, `bias` (C_out,)."""
+    """A linear layer `x W^T + b`: `weight` (C_out, C_in) as PyTorch keeps it, `bias` (C_out,).
+
+    `int8`: its product is taken of 8-bit integers.
+    """
 
     weight: Floats
     bias: Floats | None
+    int8: bool = False
 
 
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
@@ -54,6 +59,7 @@ class Author:
         self._nodes: list[NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
         self._taken: set[str] = set()
+        self._quantized: dict[Value, list[Value]] = {}
         self._scope: tuple[str, ...] = ()
 
     @contextmanager
@@ -70,8 +76,10 @@ class Author:
         return ".".join((*self._scope, name))
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> Value:
-        """Store an initializer under its absolute `name`; floats as float32."""
-        dtype = np.float32 if np.issubdtype(array.dtype, np.floating) else np.int64
+        """Store an initializer under its absolute `name`: float32, int8, or else int64."""
+        dtype: npt.DTypeLike = np.int8 if array.dtype == np.int8 else np.int64
+        if np.issubdtype(array.dtype, np.floating):
+            dtype = np.float32
         tensor = numpy_helper.from_array(np.ascontiguousarray(array, dtype=dtype), name)
         known = self._initializers.setdefault(name, tensor)
         assert known is tensor or known == tensor, f"two different constants named {name}"
@@ -114,10 +122,34 @@ class Author:
         `key` names the constants where several nodes share them.
         """
         key = key or self.path(name)
+        if layer.int8:
+            return self._linear_int8(x, layer, name, key)
         matrix = self.constant(f"{key}.weight", layer.weight.T)
         if layer.bias is None:
             return self.node("MatMul", (x, matrix), name)[0]
         return self.node("Gemm", (x, matrix, self.constant(f"{key}.bias", layer.bias)), name)[0]
+
+    def _linear_int8(self, x: Value, layer: Layer, name: str, key: str) -> Value:
+        """Return `s_x s_W (x_q - z) W_q^T + b`, in the standard operators that runtimes fuse.
+
+        `x` is quantized to 8 bits by its own range, that of the whole batch; once, whatever
+        the number of layers that read it.
+        """
+        if x not in self._quantized:
+            self._quantized[x] = self.node("DynamicQuantizeLinear", (x,), f"{name}_quantize", 3)
+        values, scale, zero = self._quantized[x]
+        weight, scales = quantize_rows(layer.weight)
+        matrix = self.constant(f"{key}.weight_int8", weight.T)
+        of_rows = self.constant(f"{key}.weight_scale", scales)
+        with self.scope(name):
+            total = self.node("MatMulInteger", (values, matrix, zero), "int32")[0]
+            total = self.node("Cast", (total,), "float", to=TensorProto.FLOAT)[0]
+            factor = self.mul(scale, of_rows, "scale")
+            if layer.bias is not None:
+                total = self.mul(total, factor, "scaled")
+        if layer.bias is None:
+            return self.mul(total, factor, name)
+        return self.add(total, self.constant(f"{key}.bias", layer.bias), name=name)
 
     def depthwise(self, x: Value, weight: Floats, bias: Floats, name: str, key: str) -> Value:
         """Return a depthwise convolution of maps (B, C, H, W), same size; `weight` (C, 1, k, k)."""

@@ -51,10 +51,10 @@ def norm_tokens(
     return Tokens(image, cls, x.grid), read
 
 
-def read_ffn(weights: Weights, path: str) -> tuple[Layer, Layer]:
+def read_ffn(weights: Weights, path: str, form: GraphForm) -> tuple[Layer, Layer]:
     """Return the two layers of the FFN that `path` leads to."""
     fc1, fc2 = (
-        Layer(weights[f"{path}.{layer}.weight"], weights[f"{path}.{layer}.bias"])
+        form.linear(weights[f"{path}.{layer}.weight"], weights[f"{path}.{layer}.bias"])
         for layer in ("fc1", "fc2")
     )
     return fc1, fc2
@@ -81,13 +81,13 @@ def serial_block(
     with a.scope(path):
         x = conv_position(a, weights, f"cpe{scale}", x)
         attention = f"{path}.factoratt_crpe"
-        products = read_products(weights, attention)
+        products = read_products(weights, attention, form)
         normed, products = norm_tokens(
             a, weights, f"{path}.norm1", x, "norm1", products, form.fold_norm
         )
         y = conv_attention(a, weights, attention, normed, products, f"crpe{scale}", form, num_heads)
         x = add_tokens(a, x, y)
-        fc1, fc2 = read_ffn(weights, f"{path}.mlp")
+        fc1, fc2 = read_ffn(weights, f"{path}.mlp", form)
         normed, (fc1,) = norm_tokens(
             a, weights, f"{path}.norm2", x, "norm2", (fc1,), form.fold_norm
         )
@@ -118,7 +118,7 @@ def parallel_block(
                     f"{path}.norm1{s}",
                     x,
                     "norm1",
-                    read_products(weights, attention),
+                    read_products(weights, attention, form),
                     form.fold_norm,
                 )
                 y = conv_attention(
@@ -131,7 +131,7 @@ def parallel_block(
         else:
             joined = [add_tokens(a, x, y) for x, y in zip(encoded, attended, strict=True)]
         # The FFN is shared and the norms are not: each would need a copy of it to fold into.
-        ffn_layers = read_ffn(weights, f"{path}.mlp2")
+        ffn_layers = read_ffn(weights, f"{path}.mlp2", form)
         outputs = []
         for s, x in zip(PARALLEL_SCALES, joined, strict=True):
             normed, _ = norm_tokens(a, weights, f"{path}.norm2{s}", x, f"norm2{s}", (), False)

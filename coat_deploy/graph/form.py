@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coat_deploy.errors import UsageError, unknown_name
+from coat_deploy.graph.author import Floats, Layer
 
 FORM_NAMES = ("authored", "traced")
 """Written by us, or by PyTorch's exporter."""
@@ -19,6 +20,9 @@ class GraphForm:
         first needs no V of the class token, but one C x C x C product more.
     fold_norm: the affine part of a LayerNorm moves into the layers that read it, which then need
         no bias (`folds.fold_norm`). Pays where a bias is a pass of its own.
+    int8_from: linear layers of at least so many inputs are computed in 8-bit integers, their
+        inputs quantized by their range at run time; None leaves all in float32. Not with
+        `fold_norm`.
     resize_layout: where channels stand when parallel blocks resample: "nhwc" or "nchw". Not
         "nchw" for onnxruntime (tried with 1.32): its optimiser moves the Transpose before a
         Resize behind it, permutes the two sizes as if they were four, and refuses the graph.
@@ -26,18 +30,31 @@ class GraphForm:
 
     fold_context_ratio: float = 2.0
     fold_norm: bool = False
+    int8_from: int | None = None
     resize_layout: Literal["nhwc", "nchw"] = "nhwc"
 
+    def linear(self, weight: Floats, bias: Floats) -> Layer:
+        """Return a layer as this form computes it."""
+        return Layer(weight, bias, self.int8_from is not None and weight.shape[1] >= self.int8_from)
 
-FORMS: Mapping[str, GraphForm] = {
-    "onnxruntime": GraphForm(fold_norm=True),
-    "openvino": GraphForm(resize_layout="nchw"),
+
+FORMS: Mapping[str, Mapping[str, GraphForm]] = {
+    "onnxruntime": {
+        "fp32": GraphForm(fold_norm=True),
+        "int8": GraphForm(int8_from=64),
+    },
+    "openvino": {
+        "fp32": GraphForm(resize_layout="nchw"),
+        "bf16": GraphForm(resize_layout="nchw"),
+    },
 }
-"""The authored form of each target that takes ONNX."""
+"""The authored form of each target that takes ONNX, by precision."""
 
 
-def get_form(target: str) -> GraphForm:
-    """Return the form of a target. Raises UsageError where it takes no ONNX file."""
+def get_form(target: str, precision: str) -> GraphForm:
+    """Return the form of a target and precision. Raises UsageError where there is none."""
     if target not in FORMS:
         raise UsageError(unknown_name("target for an ONNX graph", target, FORMS))
-    return FORMS[target]
+    if precision not in FORMS[target]:
+        raise UsageError(unknown_name(f"precision for {target}", precision, FORMS[target]))
+    return FORMS[target][precision]

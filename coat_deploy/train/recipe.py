@@ -217,7 +217,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # From scratch on thousands of images, in minutes on a CPU.
     "small": {
-        "epochs": 190, "batch_size": 64, "learning_rate": 1.2e-2, "warmup_epochs": 5.0,
+        "epochs": 225, "batch_size": 64, "learning_rate": 9e-3, "warmup_epochs": 5.0,
         "final_factor": 0.01, "weight_decay": 0.1, "clip_norm": 1.0, "ema_decay": 0.998,
         "crop_min": 0.35, "rand_augment": 0, "jitter": 0.2, "erase": 0.2, "mixup": 0.2,
         "mix_share": 1.0, "repeats": 1, "drop_path": 0.1, "crop_pct": 1.0, "validate_every": 10,

@@ -47,7 +47,7 @@ class ModelFolder:
     ) -> Path:
         """Write the authored graph of a target into `folder`; return its path."""
         graph = author_graph(
-            self.spec, self.weights, get_form(target), GraphOptions(size, features)
+            self.spec, self.weights, get_form(target, "fp32"), GraphOptions(size, features)
         )
         files = serialise(graph, "toy.onnx", *([limit] if limit else []))
         for file, content in files.items():

@@ -20,7 +20,9 @@ def test_every_target_is_a_backend_with_a_version(target: str) -> None:
 def test_every_target_has_precisions_and_all_but_eager_a_form() -> None:
     assert tuple(PRECISIONS) == TARGETS
     assert all(precisions[0] == "fp32" for precisions in PRECISIONS.values())
-    assert set(FORMS) == set(TARGETS) - {"eager"}
+    assert {target: tuple(forms) for target, forms in FORMS.items()} == {
+        target: precisions for target, precisions in PRECISIONS.items() if target != "eager"
+    }
 
 
 @pytest.mark.parametrize("find", [backend, require])

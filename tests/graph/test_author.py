@@ -158,6 +158,44 @@ def test_a_scope_ends_with_an_exception() -> None:
     assert a.path("y") == "y"
 
 
+@pytest.mark.parametrize("bias", [None, draw(7)], ids=["without bias", "bias"])
+def test_an_int8_linear_is_the_product_of_its_rounded_inputs(compute, bias) -> None:
+    """Against the formulas of ONNX's DynamicQuantizeLinear, read in float64."""
+    a, x, weight = Author(), draw(9, 16), draw(7, 16, seed=1)
+    a.linear(X, Layer(weight, bias, int8=True), "y")
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    step = (high - low) / 255
+    zero = np.clip(np.rint(-low / step), 0, 255)
+    rounded = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
+    steps = np.abs(weight).max(axis=1, keepdims=True).astype(np.float64) / 127
+    expected = rounded @ (np.rint(weight / steps) * steps).T + (0 if bias is None else bias)
+    assert np.abs(compute(a, x, 2) - expected).max() < 1e-5
+
+
+def test_int8_layers_of_one_input_quantize_it_once() -> None:
+    a = Author()
+    y = [a.linear(X, Layer(draw(4, 4, seed=s), None, int8=True), f"y{s}") for s in (1, 2)]
+    a.add(*y, name="y")
+    kinds = [node.op_type for node in finish(a, (2, 4)).graph.node]
+    assert kinds.count("DynamicQuantizeLinear") == 1
+    assert kinds.count("MatMulInteger") == 2
+
+
+def test_int8_layers_become_one_operator_each_in_onnxruntime(tmp_path) -> None:
+    a = Author()
+    hidden = a.linear(X, Layer(draw(8, 4), draw(8), int8=True), "fc1")
+    a.linear(a.gelu(hidden, "act"), Layer(draw(4, 8), draw(4), int8=True), "y")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    model = finish(a, (2, 4)).SerializeToString()
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    assert {node.op_type for node in nodes} <= {
+        "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "Gelu"
+    }  # fmt: skip
+
+
 def test_a_name_used_again_is_counted() -> None:
     a = Author()
     assert [a.gelu(X, "act") for _ in range(3)] == ["act", "act_2", "act_3"]

@@ -239,7 +239,7 @@ def test_one_row_lets_errors_grow_by_two_at_most() -> None:
 
 
 def test_fold_norm_leaves_alone_what_would_lose_accuracy() -> None:
-    """Each channel goes to a row of its own: none is small, and the one taken is spread over all."""
+    """A row for each channel: none is small, and the one taken is spread over all others."""
     norm, layer = Norm(np.ones(32), draw(32)), Layer(np.eye(32), draw(32, seed=1))
     assert amplification(norm.gamma, layer.weight, 0) == 32 - 1 > MAX_AMPLIFICATION
     assert fold_norm(norm, [layer]) == (norm, [layer])

@@ -1,0 +1,85 @@
+"""Every form of every variant, in the runtime and precision it is for, against PyTorch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coat_deploy.backends.eager import EagerRunner
+from coat_deploy.backends.select import require
+from coat_deploy.errors import RunnerError
+from coat_deploy.graph.coat import GraphOptions, author_graph
+from coat_deploy.graph.form import FORMS, get_form
+from coat_deploy.images import load, normalise
+from coat_deploy.measure.bar import get_bar
+from coat_deploy.measure.proof import probe_images
+from coat_deploy.measure.validate import Batch, validate
+from coat_deploy.network.coat import create_network
+from coat_deploy.network.variants import VARIANTS
+from coat_deploy.network.weights import load_checkpoint
+from coat_deploy.runner import LoadOptions
+from coat_deploy.spec import ModelSpec, Preprocess, Size
+
+CHOICES = [(target, precision) for target, forms in FORMS.items() for precision in forms]
+PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clothing-256-calibration"
+LARGE = {"coat_lite_medium", "coat_lite_medium_384", "coat_small"}
+
+
+def make_spec(name: str) -> ModelSpec:
+    side = VARIANTS[name].input_size
+    return ModelSpec(name, 100, VARIANTS[name].num_features, Preprocess((side, side)))
+
+
+def batches(size: Size) -> Iterator[Batch]:
+    """Four images, one alone and three together: photographs, where there are some."""
+    how = Preprocess(size)
+    files = sorted(PHOTOGRAPHS.rglob("*.jpg"))[::150][:4]
+    if files:
+        pixels = np.stack([load(file, how) for file in files])
+    else:
+        pixels = normalise(probe_images(size, 4), how.mean, how.std)
+    for part in (slice(0, 1), slice(1, 4)):
+        yield Batch(pixels[part], tuple(f"image {i}" for i in range(4)[part]))
+
+
+@pytest.mark.parametrize(("target", "precision"), CHOICES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in VARIANTS],
+)
+def test_a_form_is_the_network(tmp_path, name, target, precision) -> None:
+    spec = make_spec(name)
+    agree(tmp_path, spec, target, precision, spec.preprocess.input_size, [spec.preprocess.input_size])
+
+
+@pytest.mark.parametrize(("target", "precision"), CHOICES)
+@pytest.mark.parametrize("name", ["coat_lite_nano", "coat_nano"])
+def test_a_form_of_open_size_is_the_network_at_any(tmp_path, name, target, precision) -> None:
+    agree(tmp_path, make_spec(name), target, precision, None, [(64, 64), (96, 50), (33, 75)])
+
+
+def agree(
+    folder: Path,
+    spec: ModelSpec,
+    target: str,
+    precision: str,
+    size: Size | None,
+    sizes: list[Size],
+) -> None:
+    weights = load_checkpoint("random:0", spec).tensors
+    graph = author_graph(spec, weights, get_form(target, precision), GraphOptions(size))
+    file = folder / "net.onnx"
+    file.write_bytes(graph.SerializeToString())
+    network = create_network(spec.architecture, spec.num_classes).eval()
+    network.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+    try:
+        runner = require(target).load(file, LoadOptions(precision=precision))
+    except RunnerError as error:
+        pytest.skip(str(error))  # a processor without bf16
+    images = [batch for side in sizes for batch in batches(side)]
+    bar = get_bar(precision).for_few_images()
+    with runner, EagerRunner(network) as reference:
+        found = validate(reference, runner, images, bar)
+    assert found.failures == ()
