@@ -51,7 +51,9 @@ def batches(size: Size) -> Iterator[Batch]:
 )
 def test_a_form_is_the_network(tmp_path, name, target, precision) -> None:
     spec = make_spec(name)
-    agree(tmp_path, spec, target, precision, spec.preprocess.input_size, [spec.preprocess.input_size])
+    agree(
+        tmp_path, spec, target, precision, spec.preprocess.input_size, [spec.preprocess.input_size]
+    )
 
 
 @pytest.mark.parametrize(("target", "precision"), CHOICES)

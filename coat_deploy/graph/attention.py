@@ -21,7 +21,7 @@ import numpy as np
 from coat_deploy.graph.author import Author, Floats, Layer, Value
 from coat_deploy.graph.folds import head_mask, merge_windows
 from coat_deploy.graph.form import GraphForm
-from coat_deploy.graph.tokens import Tokens, from_map, rows, to_map
+from coat_deploy.graph.tokens import Tokens, from_map, join_tokens, rows, to_map
 
 Weights = Mapping[str, Floats]
 
@@ -76,7 +76,7 @@ def _context(
 ) -> Value:
     """Return softmax_N(K)^T V of every head, scaled, on the diagonal of (B, C, C)."""
     channels = x.grid.channels
-    tokens = _all_tokens(a, x.image, x.cls, x, "tokens")  # (B, N, C)
+    tokens = join_tokens(a, x, "tokens")  # (B, N, C)
     k_weight = a.constant(a.path("k.weight"), k.weight)
     keys = a.matmul(k_weight, a.transpose(tokens, (0, 2, 1), "tokens_t"), "k_t")  # (B, C, N)
     s = a.softmax(keys, "softmax")
@@ -87,19 +87,12 @@ def _context(
         context = a.reshape(context, a.integers(-1, channels, channels), "context_map")
     else:
         v_cls = a.linear(x.cls, v, "v_cls", key=a.path("v"))
-        context = a.matmul(s, _all_tokens(a, v_image, v_cls, x, "v_tokens"), "context")
+        context = a.matmul(s, join_tokens(a, Tokens(v_image, v_cls, x.grid), "v_tokens"), "context")
     return a.mul(context, a.constant(_mask_name(mask), mask), "heads")
 
 
 def _mask_name(mask: Floats) -> str:
     return f"head_mask_{mask.shape[0]}_{np.count_nonzero(mask[0])}"
-
-
-def _all_tokens(a: Author, image: Value, cls: Value, x: Tokens, name: str) -> Value:
-    """Return class token and image tokens as one (B, N, C)."""
-    cls = a.reshape(cls, a.integers(-1, 1, x.grid.channels), f"{name}_cls")
-    image = a.reshape(image, x.grid.token_shape, f"{name}_image")
-    return a.concat((cls, image), 1, name)
 
 
 def _attend_image(

@@ -10,7 +10,15 @@ from coat_deploy.graph.attention import Weights, conv_attention, read_products
 from coat_deploy.graph.author import Author, Layer, Value
 from coat_deploy.graph.folds import Norm, fold_norm, fold_position
 from coat_deploy.graph.form import GraphForm
-from coat_deploy.graph.tokens import Grid, Tokens, from_map, rows, to_map
+from coat_deploy.graph.tokens import (
+    Grid,
+    Tokens,
+    from_map,
+    join_tokens,
+    part_tokens,
+    rows,
+    to_map,
+)
 
 LAYER_NORM_EPS = 1e-6
 PARALLEL_SCALES = (2, 3, 4)
@@ -30,44 +38,6 @@ def conv_position(a: Author, weights: Weights, path: str, x: Tokens) -> Tokens:
         return Tokens(from_map(a, encoded, x.grid.channels), x.cls, x.grid)
 
 
-def norm_tokens(
-    a: Author,
-    weights: Weights,
-    path: str,
-    x: Tokens,
-    name: str,
-    layers: Sequence[Layer],
-    fold: bool,
-) -> tuple[Tokens, list[Layer]]:
-    """Return the LayerNorm of image rows and class token, and the layers that read it.
-
-    With `fold` those are not the ones given: they have taken the norm's affine part over.
-    """
-    norm, read = Norm(weights[f"{path}.weight"], weights[f"{path}.bias"]), list(layers)
-    if fold:
-        norm, read = fold_norm(norm, read)
-    image = a.layer_norm(x.image, norm.gamma, norm.beta, LAYER_NORM_EPS, name)
-    cls = a.layer_norm(x.cls, norm.gamma, norm.beta, LAYER_NORM_EPS, f"{name}_cls")
-    return Tokens(image, cls, x.grid), read
-
-
-def read_ffn(weights: Weights, path: str, form: GraphForm) -> tuple[Layer, Layer]:
-    """Return the two layers of the FFN that `path` leads to."""
-    fc1, fc2 = (
-        form.linear(weights[f"{path}.{layer}.weight"], weights[f"{path}.{layer}.bias"])
-        for layer in ("fc1", "fc2")
-    )
-    return fc1, fc2
-
-
-def ffn(a: Author, x: Value, fc1: Layer, fc2: Layer, suffix: str = "") -> Value:
-    """Return linear, GELU, linear of rows (R, C)."""
-    with a.scope("mlp"):
-        hidden = a.linear(x, fc1, f"fc1{suffix}", key=a.path("fc1"))
-        hidden = a.gelu(hidden, f"act{suffix}")
-        return a.linear(hidden, fc2, f"fc2{suffix}", key=a.path("fc2"))
-
-
 def serial_block(
     a: Author,
     weights: Weights,
@@ -76,24 +46,16 @@ def serial_block(
     x: Tokens,
     form: GraphForm,
     num_heads: int,
+    both_read: bool,
 ) -> Tokens:
-    """Return the block `path` ("serial_blocks1.0") applied to the tokens of `scale`."""
+    """Return the block `path` ("serial_blocks1.0") applied to the tokens of `scale`.
+
+    `both_read`: whether image and class token of the result are both needed.
+    """
     with a.scope(path):
         x = conv_position(a, weights, f"cpe{scale}", x)
-        attention = f"{path}.factoratt_crpe"
-        products = read_products(weights, attention, form)
-        normed, products = norm_tokens(
-            a, weights, f"{path}.norm1", x, "norm1", products, form.fold_norm
-        )
-        y = conv_attention(a, weights, attention, normed, products, f"crpe{scale}", form, num_heads)
-        x = add_tokens(a, x, y)
-        fc1, fc2 = read_ffn(weights, f"{path}.mlp", form)
-        normed, (fc1,) = norm_tokens(
-            a, weights, f"{path}.norm2", x, "norm2", (fc1,), form.fold_norm
-        )
-        image = ffn(a, normed.image, fc1, fc2)
-        cls = ffn(a, normed.cls, fc1, fc2, "_cls")
-        return Tokens(a.add(x.image, image, name="image"), a.add(x.cls, cls, name="cls"), x.grid)
+        y = norm_attend(a, weights, path, scale, x, form, num_heads)
+        return norm_ffn(a, weights, path, "mlp", add_tokens(a, x, y), form, both_read)
 
 
 def parallel_block(
@@ -103,48 +65,110 @@ def parallel_block(
     scales: Sequence[Tokens],
     form: GraphForm,
     num_heads: int,
+    both_read: bool,
     exchange_scales: bool,
 ) -> list[Tokens]:
-    """Return the block `path` ("parallel_blocks.0") applied to scales 2, 3, 4."""
+    """Return the block `path` ("parallel_blocks.0") applied to scales 2, 3, 4.
+
+    `both_read`: as in a serial block.
+    """
     with a.scope(path):
         encoded, attended = [], []
         for s, x in zip(PARALLEL_SCALES, scales, strict=True):
             with a.scope(f"scale{s}"):
                 x = conv_position(a, weights, f"cpe{s}", x)
-                attention = f"{path}.factoratt_crpe{s}"
-                normed, products = norm_tokens(
-                    a,
-                    weights,
-                    f"{path}.norm1{s}",
-                    x,
-                    "norm1",
-                    read_products(weights, attention, form),
-                    form.fold_norm,
-                )
-                y = conv_attention(
-                    a, weights, attention, normed, products, f"crpe{s}", form, num_heads
-                )
                 encoded.append(x)
-                attended.append(y)
+                attended.append(norm_attend(a, weights, path, s, x, form, num_heads, f"{s}"))
         if exchange_scales:
             joined = exchange(a, encoded, attended, form)
         else:
             joined = [add_tokens(a, x, y) for x, y in zip(encoded, attended, strict=True)]
-        # The FFN is shared and the norms are not: each would need a copy of it to fold into.
-        ffn_layers = read_ffn(weights, f"{path}.mlp2", form)
-        outputs = []
-        for s, x in zip(PARALLEL_SCALES, joined, strict=True):
-            normed, _ = norm_tokens(a, weights, f"{path}.norm2{s}", x, f"norm2{s}", (), False)
-            image = ffn(a, normed.image, *ffn_layers, f"{s}")
-            cls = ffn(a, normed.cls, *ffn_layers, f"{s}_cls")
-            outputs.append(
-                Tokens(
-                    a.add(x.image, image, name=f"image{s}"),
-                    a.add(x.cls, cls, name=f"cls{s}"),
-                    x.grid,
-                )
-            )
-        return outputs
+        return [
+            norm_ffn(a, weights, path, "mlp2", x, form, both_read, f"{s}")
+            for s, x in zip(PARALLEL_SCALES, joined, strict=True)
+        ]
+
+
+def norm_attend(
+    a: Author,
+    weights: Weights,
+    path: str,
+    scale: int,
+    x: Tokens,
+    form: GraphForm,
+    num_heads: int,
+    suffix: str = "",
+) -> Tokens:
+    """Return ConvAtt(LN(X)) of the block `path`; its weights' names end in `suffix`."""
+    attention = f"{path}.factoratt_crpe{suffix}"
+    norm, products = (
+        read_norm(weights, f"{path}.norm1{suffix}"),
+        read_products(weights, attention, form),
+    )
+    if form.fold_norm:
+        norm, products = fold_norm(norm, products)
+    normed = Tokens(
+        a.layer_norm(x.image, norm.gamma, norm.beta, LAYER_NORM_EPS, "norm1"),
+        a.layer_norm(x.cls, norm.gamma, norm.beta, LAYER_NORM_EPS, "norm1_cls"),
+        x.grid,
+    )
+    return conv_attention(a, weights, attention, normed, products, f"crpe{scale}", form, num_heads)
+
+
+def norm_ffn(
+    a: Author,
+    weights: Weights,
+    path: str,
+    mlp: str,
+    x: Tokens,
+    form: GraphForm,
+    both_read: bool,
+    suffix: str = "",
+) -> Tokens:
+    """Return X + FFN(LN(X)) of the block `path`: linear, GELU, linear.
+
+    `mlp` is what the block calls its FFN. The norm's name ends in `suffix`: parallel blocks share
+    one FFN between three norms, and to fold those takes a copy of its first layer each.
+    `both_read`: somebody needs the image's rows and somebody the class token.
+    """
+    norm = read_norm(weights, f"{path}.norm2{suffix}")
+    fc1, fc2 = (read_linear(weights, f"{path}.{mlp}.{layer}", form) for layer in ("fc1", "fc2"))
+    if form.fold_norm:
+        norm, (fc1,) = fold_norm(norm, (fc1,))
+    fc1_key = f"fc1{suffix}" if form.fold_norm else "fc1"
+
+    def compute(tokens: Value, part: str, name: str) -> Value:
+        end = f"{suffix}{part}"
+        hidden = a.layer_norm(tokens, norm.gamma, norm.beta, LAYER_NORM_EPS, f"norm2{end}")
+        with a.scope("mlp"):
+            hidden = a.linear(hidden, fc1, f"fc1{end}", key=a.path(fc1_key))
+            hidden = a.gelu(hidden, f"act{end}")
+            hidden = a.linear(hidden, fc2, f"fc2{end}", key=a.path("fc2"))
+        return a.add(tokens, hidden, name=name)
+
+    channels, count = x.grid.channels, x.grid.num_tokens
+    if both_read and count <= form.join_ffn_to * channels:
+        joined = rows(a, join_tokens(a, x, f"tokens{suffix}"), channels)
+        joined = compute(joined, "", f"joined{suffix}")
+        return part_tokens(a, joined, x.grid, f"image{suffix}", f"cls{suffix}")
+    if count >= form.scan_ffn_from:
+        images = a.reshape(x.image, x.grid.token_shape, f"images{suffix}")
+        shape = (x.grid.fixed and count, channels)
+        images = a.each_image(images, shape, lambda one: compute(one, "", "one"), f"ffn{suffix}")
+        image = a.reshape(images, a.integers(-1, channels), f"image{suffix}")
+    else:
+        image = compute(x.image, "", f"image{suffix}")
+    return Tokens(image, compute(x.cls, "_cls", f"cls{suffix}"), x.grid)
+
+
+def read_norm(weights: Weights, path: str) -> Norm:
+    """Return the affine part of the LayerNorm that `path` leads to."""
+    return Norm(weights[f"{path}.weight"], weights[f"{path}.bias"])
+
+
+def read_linear(weights: Weights, path: str, form: GraphForm) -> Layer:
+    """Return the linear layer that `path` leads to, as the form computes it."""
+    return form.linear(weights[f"{path}.weight"], weights[f"{path}.bias"])
 
 
 def add_tokens(a: Author, x: Tokens, y: Tokens) -> Tokens:

@@ -105,7 +105,11 @@ class _CoaT:
             x = self.embed(s, feature_map, (nominal[0] // stride, nominal[1] // stride), channels)
             for i in range(v.serial_depths[s - 1]):
                 path = f"serial_blocks{s}.{i}"
-                x = serial_block(self.a, self.weights, path, s, x, self.form, v.num_heads)
+                # A stage begins with a class token of its own.
+                both_read = i + 1 < v.serial_depths[s - 1] or (v.parallel_depth > 0 and s > 1)
+                x = serial_block(
+                    self.a, self.weights, path, s, x, self.form, v.num_heads, both_read
+                )
             if s < len(v.channels):
                 with self.a.scope(f"patch_embed{s + 1}"):
                     feature_map = to_map(self.a, x.image, x.grid)
@@ -156,7 +160,14 @@ class _CoaT:
         for i in range(v.parallel_depth):
             path = f"parallel_blocks.{i}"
             scales = parallel_block(
-                self.a, self.weights, path, scales, self.form, v.num_heads, exchange_scales
+                self.a,
+                self.weights,
+                path,
+                scales,
+                self.form,
+                v.num_heads,
+                both_read=i + 1 < v.parallel_depth,
+                exchange_scales=exchange_scales,
             )
         return scales
 

@@ -1,5 +1,6 @@
 """Forms: how the one network is written for a runtime."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,10 @@ class GraphForm:
     int8_from: linear layers of at least so many inputs are computed in 8-bit integers, their
         inputs quantized by their range at run time; None leaves all in float32. Not with
         `fold_norm`.
+    join_ffn_to: class and image tokens go through the FFN together, where the image's are at most
+        so many times the channels: a product less, for a copy more. 0 keeps them apart.
+    scan_ffn_from: the FFN of at least so many image tokens is computed image by image, so that
+        its hidden layer, several times the tokens, stays in the cache when images are batched.
     resize_layout: where channels stand when parallel blocks resample: "nhwc" or "nchw". Not
         "nchw" for onnxruntime (tried with 1.32): its optimiser moves the Transpose before a
         Resize behind it, permutes the two sizes as if they were four, and refuses the graph.
@@ -31,6 +36,8 @@ class GraphForm:
     fold_context_ratio: float = 2.0
     fold_norm: bool = False
     int8_from: int | None = None
+    join_ffn_to: float = 0.0
+    scan_ffn_from: float = math.inf
     resize_layout: Literal["nhwc", "nchw"] = "nhwc"
 
     def linear(self, weight: Floats, bias: Floats) -> Layer:
@@ -40,7 +47,7 @@ class GraphForm:
 
 FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     "onnxruntime": {
-        "fp32": GraphForm(fold_norm=True),
+        "fp32": GraphForm(fold_norm=True, scan_ffn_from=700),
         "int8": GraphForm(int8_from=64),
     },
     "openvino": {

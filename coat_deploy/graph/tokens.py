@@ -10,6 +10,8 @@ from coat_deploy.graph.author import Author, Value
 
 NCHW_TO_NHWC = (0, 2, 3, 1)
 NHWC_TO_NCHW = (0, 3, 1, 2)
+LAST = 2**31 - 1
+"""End of a slice that goes to the end of its axis, whatever its length."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Grid:
     size: Value  # (H, W)
     map_shape: Value  # (-1, H, W, C)
     token_shape: Value  # (-1, H*W, C)
+    joined_shape: Value  # (-1, 1 + H*W, C)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def fixed_grid(a: Author, height: int, width: int, channels: int) -> Grid:
         size=a.integers(height, width),
         map_shape=a.integers(-1, height, width, channels),
         token_shape=a.integers(-1, count, channels),
+        joined_shape=a.integers(-1, 1 + count, channels),
     )
 
 
@@ -54,6 +58,7 @@ def dynamic_grid(a: Author, feature_map: Value, num_tokens: int, channels: int) 
     """Return the grid of a map (B, C, H, W) whose size is known only at run time."""
     size = a.node("Shape", (feature_map,), "size", start=2, end=4)[0]
     count = a.node("ReduceProd", (size,), "count", keepdims=1)[0]
+    joined = a.add(count, a.integers(1), name="joined_count")
     return Grid(
         channels=channels,
         fixed=None,
@@ -61,12 +66,29 @@ def dynamic_grid(a: Author, feature_map: Value, num_tokens: int, channels: int) 
         size=size,
         map_shape=a.shape(-1, size, channels, name="map_shape"),
         token_shape=a.shape(-1, count, channels, name="token_shape"),
+        joined_shape=a.shape(-1, joined, channels, name="joined_shape"),
     )
 
 
 def rows(a: Author, x: Value, channels: int) -> Value:
     """Return `x` (..., C) as rows (R, C)."""
     return a.reshape(x, a.integers(-1, channels), "rows")
+
+
+def join_tokens(a: Author, x: Tokens, name: str) -> Value:
+    """Return class token and image tokens as one (B, N, C)."""
+    cls = a.reshape(x.cls, a.integers(-1, 1, x.grid.channels), f"{name}_cls")
+    image = a.reshape(x.image, x.grid.token_shape, f"{name}_image")
+    return a.concat((cls, image), 1, name)
+
+
+def part_tokens(a: Author, joined: Value, grid: Grid, image: str, cls: str) -> Tokens:
+    """Return rows (B*N, C), joined as by `join_tokens`, as tokens named `image` and `cls`."""
+    tokens = a.reshape(joined, grid.joined_shape, f"{image}_and_{cls}")
+    one = a.integers(-1, grid.channels)
+    images = a.slice(tokens, 1, LAST, 1, f"{image}_part")
+    classes = a.slice(tokens, 0, 1, 1, f"{cls}_part")
+    return Tokens(a.reshape(images, one, image), a.reshape(classes, one, cls), grid)
 
 
 def to_map(a: Author, image: Value, grid: Grid) -> Value:
