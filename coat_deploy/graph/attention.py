@@ -49,10 +49,9 @@ def conv_attention(
     """
     channels, (q, k, v) = x.grid.channels, products
     mask = head_mask(channels, num_heads, (channels / num_heads) ** -0.5)
-    fold = x.grid.num_tokens >= form.fold_context_ratio * channels
     with a.scope("factoratt_crpe"):
         v_image = a.linear(x.image, v, "v")
-        context = _context(a, x, k, v, v_image, mask, fold)  # (B, C, C)
+        context = _context(a, x, k, v, v_image, mask, form)  # (B, C, C)
         image = _attend_image(a, weights, x, q, v_image, context, crpe)
         q_cls = a.linear(x.cls, q, "q_cls", key=a.path("q"))
         q_cls = a.reshape(q_cls, a.integers(-1, 1, channels), "q_cls_token")
@@ -72,15 +71,19 @@ def _context(
     v: Layer,
     v_image: Value,
     mask: Floats,
-    fold: bool,
+    form: GraphForm,
 ) -> Value:
     """Return softmax_N(K)^T V of every head, scaled, on the diagonal of (B, C, C)."""
     channels = x.grid.channels
     tokens = join_tokens(a, x, "tokens")  # (B, N, C)
-    k_weight = a.constant(a.path("k.weight"), k.weight)
-    keys = a.matmul(k_weight, a.transpose(tokens, (0, 2, 1), "tokens_t"), "k_t")  # (B, C, N)
+    if form.transpose_keys:
+        keys = a.matmul(tokens, a.constant(a.path("k.weight"), k.weight.T), "k")
+        keys = a.transpose(keys, (0, 2, 1), "k_t")  # (B, C, N)
+    else:
+        k_weight = a.constant(a.path("k.weight"), k.weight)
+        keys = a.matmul(k_weight, a.transpose(tokens, (0, 2, 1), "tokens_t"), "k_t")
     s = a.softmax(keys, "softmax")
-    if fold:
+    if x.grid.num_tokens >= form.fold_context_ratio * channels:
         mixed = rows(a, a.matmul(s, tokens, "mix"), channels)  # (B*C, C)
         exact = replace(v, int8=False)  # small, and the whole image goes through it
         context = a.linear(mixed, exact, "context", key=a.path("v"))

@@ -19,6 +19,7 @@ class GraphForm:
     fold_context_ratio: with N tokens and C channels, where N >= ratio * C the context is taken
         as `(S X) Wv^T + bv` instead of `S V`. The rows of S sum to 1, so both are equal; the
         first needs no V of the class token, but one C x C x C product more.
+    transpose_keys: K^T is the transpose of a product, not a product of transposes.
     fold_norm: the affine part of a LayerNorm moves into the layers that read it, which then need
         no bias (`folds.fold_norm`). Pays where a bias is a pass of its own.
     int8_from: linear layers of at least so many inputs are computed in 8-bit integers, their
@@ -34,6 +35,7 @@ class GraphForm:
     """
 
     fold_context_ratio: float = 2.0
+    transpose_keys: bool = False
     fold_norm: bool = False
     int8_from: int | None = None
     join_ffn_to: float = 0.0

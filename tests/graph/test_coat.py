@@ -32,6 +32,7 @@ FORM_CHOICES = {
     "resize-nchw": GraphForm(resize_layout="nchw"),
     "norm-folded": GraphForm(fold_norm=True),
     "ffn-by-image": GraphForm(scan_ffn_from=0),
+    "keys-transposed": GraphForm(transpose_keys=True),
     "ffn-joined": GraphForm(join_ffn_to=math.inf),
     "all-of-it": GraphForm(fold_norm=True, join_ffn_to=0.5, scan_ffn_from=10),
 }
