@@ -212,7 +212,8 @@ class Training:
             tensor.to(device, non_blocking=True)
             for tensor in (batch.images, batch.aspects, batch.labels)
         )
-        return self.mixing(self.augment(images, aspects), labels)
+        done = self.position.step / self.schedule.steps
+        return self.mixing(self.augment(images, aspects), labels, done)
 
     def _learnt(self, batch: Batch) -> Tensor:
         """Add a batch's gradient and return its loss; see `_descend`.

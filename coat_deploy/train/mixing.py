@@ -23,16 +23,18 @@ class Mixing:
     def __init__(self, recipe: Recipe, classes: int):
         self._alphas = (recipe.mixup, recipe.cutmix)
         self._share = recipe.mix_share if max(self._alphas) > 0 else 0.0
+        self._until = recipe.mix_until
         self._smoothing = recipe.label_smoothing
         self._classes = classes
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, done: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return the batch mixed, and what it shows: (B, K) float32, each row's sum is 1.
 
-        `images` (B, C, H, W) may be overwritten. `labels` (B,) are classes from 0.
+        `images` (B, C, H, W) may be overwritten. `labels` (B,) are classes from 0. `done`: the
+        share of the training that lies behind.
         """
         targets = smooth_labels(labels, self._classes, self._smoothing)
-        if torch.rand(()).item() >= self._share:
+        if done >= self._until or torch.rand(()).item() >= self._share:
             return images, targets
         mixup, cutmix = self._alphas
         by_cutmix = torch.rand(()).item() < (0.5 if mixup and cutmix else float(cutmix > 0))

@@ -111,6 +111,9 @@ class Recipe:
     mix_share: float = _knob(
         1.0, AUGMENTATION, "Share of batches that are mixed, by one of the two in turn.", most=1
     )
+    mix_until: float = _knob(
+        1.0, AUGMENTATION, "Share of the training after which no batch is mixed.", most=1
+    )
     label_smoothing: float = _knob(
         0.1, AUGMENTATION, "Share of the target spread over all classes.", most=0.99
     )

@@ -54,6 +54,15 @@ def test_cutmix_targets_are_those_of_timm_for_the_pixels_pasted(timm, seed):
     torch.testing.assert_close(targets, expected)
 
 
+@pytest.mark.parametrize(("done", "mixed"), [(0.0, True), (0.79, True), (0.8, False), (1.0, False)])
+def test_nothing_is_mixed_after_the_share_of_the_training_asked_for(done, mixed):
+    images = numbered(16, 24)
+    torch.manual_seed(0)
+    got, targets = mixing(mix_until=0.8)(images.clone(), LABELS, done)
+    assert torch.equal(got, images) is not mixed
+    assert torch.equal(targets, smooth_labels(LABELS, CLASSES, 0.1)) is not mixed
+
+
 def test_cutmix_pastes_the_same_rectangle_of_each_images_partner():
     images = numbered(16, 24)
     mixed, _ = mix(3, images.clone(), mixup=0.0)
