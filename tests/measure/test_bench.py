@@ -19,7 +19,7 @@ import pytest
 from coat_deploy.errors import RunnerError, UsageError
 from coat_deploy.measure.bench import BenchOptions, BenchReport, Contender, bench
 from coat_deploy.measure.latency import Latency
-from coat_deploy.measure.worker import evict
+from coat_deploy.measure.page_cache import evict
 
 HERE = Path(__file__).parent
 LINUX = sys.platform == "linux"
