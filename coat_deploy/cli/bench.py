@@ -39,7 +39,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="N,N",
-            help="Batch sizes, separated by commas. Default: 1; with --throughput 1 to 32.",
+            help="Batch sizes, separated by commas. Default: 1, or 1 to 32 for --throughput.",
         ),
     ] = None,
     threads: Annotated[

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coat_deploy.cli.contenders import Entry, LineUp
-from coat_deploy.cli.tables import render_table
+from coat_deploy.cli.tables import format_cell, render_table
 from coat_deploy.errors import UsageError
 from coat_deploy.spec import format_size
 
@@ -66,10 +66,10 @@ def render(model: str, report: "ThroughputReport") -> str:
     """Return tables of the best rates, of how they were reached, and of all that was tried."""
     first = report.results[0]
     plural = "s"[: first.threads > 1]
-    title = f"{model}, {format_size(first.size)}, {first.threads} thread{plural}"
+    title = f"{model}, throughput, {format_size(first.size)}, {first.threads} thread{plural}"
     ended = ENDED[first.stopped].format(first.rounds)
     parts = [
-        _rates(f"{title}, most images a second: {ended}", report.results),
+        _rates(f"{title}: {ended}", report.results),
         _settings(report.results),
         _tried(report.results),
         f"{report.machine.summary()}\n",
@@ -80,9 +80,9 @@ def render(model: str, report: "ThroughputReport") -> str:
 def _rates(title: str, results: "Sequence[Throughput]") -> str:
     rows = [
         (
-            *(r.name, r.images_per_second, _interval(r.images_per_second_interval, 1)),
+            *(r.name, r.images_per_second, _interval(r.images_per_second_interval)),
             f"{r.ratio:.2f}x" if r.ratio else "-",
-            "baseline" if r.name == r.baseline else _interval(r.ratio_interval, 2),
+            "baseline" if r.name == r.baseline else _interval(r.ratio_interval, ".2f"),
         )
         for r in results
     ]
@@ -119,5 +119,7 @@ def _cell(tried: "Tried | None") -> object:
     return "failed" if tried.error else tried.images_per_second
 
 
-def _interval(ends: tuple[float, float] | None, digits: int) -> str:
-    return "-" if ends is None else f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
+def _interval(ends: tuple[float, float] | None, digits: str = "") -> str:
+    if ends is None:
+        return "-"
+    return " to ".join(format(end, digits) if digits else format_cell(end) for end in ends)

@@ -60,22 +60,27 @@ class Streams:
                 raise
             finally:
                 wait(others)
-        return summarise([mine, *(other.result() for other in others)])
+        streams = [mine, *(other.result() for other in others)]
+        assert watch.begin is not None
+        return summarise(streams, watch.begin, watch.end)
 
     def close(self) -> None:
         """End the threads; no flow may be under way."""
         self._pool.shutdown()
 
 
-def summarise(streams: Sequence[Times]) -> Flow:
-    """Return what the counted requests of every stream add up to.
+def summarise(streams: Sequence[Times], begin: int, end: int) -> Flow:
+    """Return what all streams did from `begin` to `end`, ns.
 
-    A stream's rate is that of its own requests, from the start of the first to the end of the
-    last, so none is cut off; the streams' rates add up.
+    A request that lies partly outside counts with the share of its time that lies inside. Rates
+    of streams taken apart would not add up: where one waits for another, each is quick in turn.
+    Latencies are those of requests that lie inside altogether.
     """
-    rate = sum(len(times) / float(times[-1, 1] - times[0, 0]) for times in streams)
-    latencies = np.concatenate([times[:, 1] - times[:, 0] for times in streams])
-    return Flow(rate * 1e9, latencies / 1e6)
+    starts, ends = np.concatenate(streams).T
+    inside = np.minimum(ends, end) - np.maximum(starts, begin)
+    requests = np.sum(np.maximum(inside, 0) / np.maximum(ends - starts, 1))
+    whole = (starts >= begin) & (ends <= end)
+    return Flow(float(requests) * 1e9 / max(end - begin, 1), (ends - starts)[whole] / 1e6)
 
 
 class _Watch:
@@ -83,55 +88,60 @@ class _Watch:
 
     def __init__(self, streams: int, seconds: float, least: int) -> None:
         self._lock = threading.Lock()
-        self._leading_in = streams
-        self._counting = streams
-        self._over = False
+        self._leading_in = self._counting = streams
         self._least = least
         self._length = round(seconds * 1e9)
         self._ready_at = time.perf_counter_ns() + round(LEAD_IN_SHARE * seconds * 1e9)
-        self._begin: int | None = None
-
-    def follow(self, step: Step) -> Times:
-        """Run `step` until every stream has counted enough; return this one's counted requests."""
-        try:
-            self._lead_in(step)
-            return self._count(step)
-        except BaseException:
-            self.stop()
-            raise
+        self._stopped = False
+        self.begin: int | None = None
+        self.end = 0
 
     def stop(self) -> None:
         """End all streams, since one has failed."""
-        self._over = True
+        self._stopped = True
 
-    def _lead_in(self, step: Step) -> None:
-        step()
-        while time.perf_counter_ns() < self._ready_at and not self._over:
-            step()
+    def follow(self, step: Step) -> Times:
+        """Run `step` until every stream has counted enough; return the times of all runs."""
+        clock = time.perf_counter_ns
+        times: list[tuple[int, int]] = []
+        led_in = counted = False
+        try:
+            while not self._stopped:
+                start = clock()
+                step()
+                times.append((start, clock()))
+                if not led_in:
+                    led_in = self._leads_in(times[-1][1])
+                elif not counted:
+                    counted = self._counts(times)
+        except BaseException:
+            self.stop()
+            raise
+        return np.array(times, np.int64).reshape(-1, 2)
+
+    def _leads_in(self, now: int) -> bool:
+        """Tell whether a stream has led in; when it is the last, counting begins."""
+        if now < self._ready_at:
+            return False
         with self._lock:
             self._leading_in -= 1
             if not self._leading_in:
-                self._begin = time.perf_counter_ns()
-        while self._begin is None and not self._over:  # others still lead in
-            step()
+                self.begin = time.perf_counter_ns()
+        return True
 
-    def _count(self, step: Step) -> Times:
-        clock = time.perf_counter_ns
-        end = (self._begin or 0) + self._length
-        times: list[tuple[int, int]] = []
-        counting = True
-        while not self._over:
-            start = clock()
-            step()
-            if not counting:  # only to keep the machine as busy as it was
-                continue
-            times.append((start, clock()))
-            if len(times) >= self._least and times[-1][1] >= end:
-                counting = False
-                with self._lock:
-                    self._counting -= 1
-                    self._over |= not self._counting
-        return np.array(times, np.int64).reshape(-1, 2)
+    def _counts(self, times: Sequence[tuple[int, int]]) -> bool:
+        """Tell whether a stream has counted enough; when it is the last, all stop."""
+        begin, now = self.begin, times[-1][1]
+        if begin is None or now < begin + self._length:
+            return False
+        if len(times) < self._least or times[-self._least][0] < begin:
+            return False
+        with self._lock:
+            self._counting -= 1
+            if not self._counting:
+                self.end = now
+                self._stopped = True
+        return True
 
 
 @contextlib.contextmanager

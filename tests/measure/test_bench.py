@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,16 +25,6 @@ LINUX = sys.platform == "linux"
 QUICK = BenchOptions(
     warmup_iterations=1, warmup_s=0, budget_s=0, min_rounds=6, slice_ms=1, timeout_s=30
 )
-
-
-@pytest.fixture(scope="module")
-def fake() -> Iterator[ModuleType]:
-    """The module of fake runners, importable by its name here and so in every worker."""
-    sys.path.insert(0, str(HERE))
-    try:
-        yield importlib.import_module("fake_runner")
-    finally:
-        sys.path.remove(str(HERE))
 
 
 def pixels(batch: int, size: tuple[int, int]) -> np.ndarray:
