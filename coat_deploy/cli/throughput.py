@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 ENDED = {"stable": "stable after {} rounds", "budget": "ended by --budget after {} rounds"}
 
+TRIALS_A_BUDGET = 20
+"""How many configurations are searched in the time that the finalists then have: 1 s each."""
+
 
 def one_number_of_threads(counts: Sequence[int | None], plot: Path | None) -> int:
     """Return how many threads the streams share: the one asked for, or one a hardware thread.
@@ -47,7 +50,7 @@ def run(
 
     `batches` None are those that the search tries by itself. Raises: RunnerError when all fail.
     """
-    from coat_deploy.measure.search import ThroughputOptions, stream_counts
+    from coat_deploy.measure.search import BATCHES, ThroughputOptions, stream_counts
     from coat_deploy.measure.throughput import throughput
 
     contenders = [
@@ -56,9 +59,11 @@ def run(
         for streams in stream_counts(threads)
         for contender in lineup.contenders([entry], [1], [threads], streams)
     ]
-    wanted = ThroughputOptions(turns=options)
-    if batches is not None:
-        wanted = ThroughputOptions(turns=options, batches=tuple(sorted(batches)))
+    wanted = ThroughputOptions(
+        batches=BATCHES if batches is None else tuple(sorted(batches)),
+        search_s=options.budget_s / TRIALS_A_BUDGET,
+        turns=options,
+    )
     return throughput(contenders, pixels, wanted, progress)
 
 
