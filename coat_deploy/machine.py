@@ -108,7 +108,7 @@ def describe(root: Path = Path("/")) -> Machine:
     cpuinfo = _read(root / "proc/cpuinfo")
     usable = _usable_cpus()
     quota = _cpu_quota(root)
-    limit = len(usable) if quota is None else min(len(usable), max(1, math.ceil(quota)))
+    limit = _limited(len(usable), quota)
     cores = _physical_cores(root, usable)
     return Machine(
         cpu=_cpu_name(cpuinfo),
@@ -122,6 +122,11 @@ def describe(root: Path = Path("/")) -> Machine:
         versions=_versions(),
         gpus=_gpus(),
     )
+
+
+def usable_threads(root: Path = Path("/")) -> int:
+    """Return how many hardware threads this process may use: affinity and cgroup quota counted."""
+    return _limited(len(_usable_cpus()), _cpu_quota(root))
 
 
 def resident_memory_mib() -> float | None:
@@ -201,6 +206,10 @@ def _usable_cpus() -> tuple[int, ...]:
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
+
+
+def _limited(usable: int, quota: float | None) -> int:
+    return usable if quota is None else min(usable, max(1, math.ceil(quota)))
 
 
 def _physical_cores(root: Path, usable: tuple[int, ...]) -> int | None:

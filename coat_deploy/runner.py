@@ -10,6 +10,9 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from coat_deploy.errors import UsageError
+from coat_deploy.machine import usable_threads
+
 Pixels = npt.NDArray[np.float32]
 """(B, 3, H, W) float32, normalised."""
 Array = npt.NDArray[np.float32]
@@ -33,6 +36,8 @@ class LoadOptions:
     """How to load a model or an artifact.
 
     `threads`: compute threads; None leaves the runtime's default (one a core).
+    `streams`: requests that are computed at once. They share the threads, `stream_threads` each,
+    and the runner may then be called from so many Python threads at a time.
     `precision`: what the runtime should compute in, where it decides (OpenVINO).
     `compile`: eager only, `torch.compile`.
     `features`: eager only, the maps x1..x4 instead of logits.
@@ -44,6 +49,29 @@ class LoadOptions:
     compile: bool = False
     features: bool = False
     taps: tuple[str, ...] = ()
+    streams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.streams < 1:
+            raise UsageError(f"streams: too few (got {self.streams}, expected 1 or more).")
+        if self.total_threads is not None and self.streams > self.total_threads:
+            raise UsageError(
+                f"streams: each needs a thread (got {self.streams} streams and "
+                f"{self.total_threads} threads). Ask for fewer streams, or more threads."
+            )
+
+    @property
+    def total_threads(self) -> int | None:
+        """Threads of all streams together; None leaves them to the runtime, with one stream."""
+        if self.threads is None and self.streams > 1:
+            return usable_threads()
+        return self.threads
+
+    @property
+    def stream_threads(self) -> int | None:
+        """Threads of each stream; None leaves them to the runtime, with one stream."""
+        total = self.total_threads
+        return None if total is None else total // self.streams
 
 
 class Closing(ABC):
@@ -66,7 +94,10 @@ class Closing(ABC):
 
 
 class Runner(Protocol):
-    """A loaded network. A context manager: leaving it frees what it holds."""
+    """A loaded network. A context manager: leaving it frees what it holds.
+
+    Loaded for k streams, `run` may be called, and steps of `bind` may run, in k threads at once.
+    """
 
     target: str
     inputs: tuple[TensorSpec, ...]
@@ -89,7 +120,11 @@ class Runner(Protocol):
         ...
 
     def bind(self, pixels: Pixels) -> Callable[[], object]:
-        """Return a step that runs `pixels` and hands the result back, for timing."""
+        """Return a step that runs `pixels` and hands the result back, for timing.
+
+        Every step has buffers of its own, so that several may run at once, a stream each; one
+        step may not run in two threads.
+        """
         ...
 
 

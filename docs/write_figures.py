@@ -19,12 +19,13 @@ COLUMNS = {
 
 
 def read_records() -> list[dict[str, Any]]:
-    """Return every record, oldest first."""
+    """Return every record of a latency, oldest first."""
     lines = [
         json.loads(line)
         for path in sorted(RECORDS.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
+    lines = [record for record in lines if record.get("kind") != "throughput"]
     return sorted(lines, key=lambda record: str(record["date"]))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coat_deploy import machine
-from coat_deploy.machine import Gpu, Machine, describe
+from coat_deploy.machine import Gpu, Machine, describe, usable_threads
 
 XEON = """processor : 0
 vendor_id : GenuineIntel
@@ -72,6 +72,7 @@ def test_a_quota_of_a_parent_group_limits_the_threads(tmp_path: Path) -> None:
     }
     found = describe(tree(tmp_path, files | siblings("0", "1", "2", "3")))
     assert (found.cpu_quota, found.threads, found.cores) == (1.5, 2, 2)
+    assert usable_threads(tmp_path) == 2
 
 
 @pytest.mark.usefixtures("four_cpus")

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,19 @@ def load(path: Path, options: LoadOptions) -> "EagerRunner":
     return EagerRunner(network.eval(), options)
 
 
+class _CallingThread(threading.local):
+    """What belongs to a thread that calls the network: PyTorch's numbers of threads do, too."""
+
+    def __init__(self) -> None:
+        self.prepared = False
+        self.recorded: dict[str, Array] = {}
+
+
 class EagerRunner(Closing):
-    """Runs the network; `taps` are recorded by hooks on its blocks."""
+    """Runs the network; `taps` are recorded by hooks on its blocks.
+
+    Streams are concurrent calls of the one network, each with a team of threads of its own.
+    """
 
     target = "eager"
 
@@ -65,10 +77,10 @@ class EagerRunner(Closing):
         import torch
 
         self._torch = torch
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        self._threads = options.stream_threads
+        self._calling = _CallingThread()
+        self._prepare_thread()
         self._taps = options.taps
-        self._recorded: dict[str, Array] = {}
         self._network = network
         self._hooks = [
             module.register_forward_hook(self._recorder(path))
@@ -87,6 +99,12 @@ class EagerRunner(Closing):
             hook.remove()
         del self._network, self._step
 
+    def _prepare_thread(self) -> None:
+        """Give the calling thread its share: a new thread begins with OpenMP's own number."""
+        if self._threads and not self._calling.prepared:
+            self._torch.set_num_threads(self._threads)
+            self._calling.prepared = True
+
     def _recorder(self, path: str) -> Callable[[Any, Any, Any], None]:
         """Return a hook that keeps a block's output as image and class token, like the graphs."""
 
@@ -100,14 +118,16 @@ class EagerRunner(Closing):
             else:
                 tokens["image"], tokens["cls"] = output[:, 1:], output[:, 0]
             for name, value in tokens.items():
-                self._recorded[f"{path}.{name}"] = value.numpy().copy()
+                self._calling.recorded[f"{path}.{name}"] = value.numpy().copy()
 
         return record
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
         """Return the outputs and taps by name. Raises RunnerError when PyTorch fails."""
         pixels = accept(pixels, self.inputs[0], self.target)
-        self._recorded = {}
+        self._prepare_thread()
+        recorded: dict[str, Array] = {}
+        self._calling.recorded = recorded
         try:
             with self._torch.inference_mode():
                 output = self._step(self._torch.from_numpy(pixels))
@@ -119,15 +139,16 @@ class EagerRunner(Closing):
             spec.name: value.numpy() for spec, value in zip(self.outputs, outputs, strict=True)
         }
         for tap in self._taps:
-            if tap not in self._recorded:
+            if tap not in recorded:
                 raise RunnerError(f"eager: the network has no inner tensor '{tap}'.")
-        return named | {tap: self._recorded[tap] for tap in self._taps}
+        return named | {tap: recorded[tap] for tap in self._taps}
 
     def bind(self, pixels: Pixels) -> Callable[[], object]:
         """Return a step that runs `pixels`."""
         tensor = self._torch.from_numpy(accept(pixels, self.inputs[0], self.target))
 
         def step() -> object:
+            self._prepare_thread()
             with self._torch.inference_mode():
                 return self._step(tensor)
 

@@ -41,8 +41,11 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeRunner":
     settings = onnxruntime.SessionOptions()
     # Its warnings are advice to graph authors; its errors come as exceptions too.
     settings.log_severity_level = 4
-    if options.threads:
-        settings.intra_op_num_threads = options.threads
+    if options.total_threads:
+        # A request runs in the thread that calls and in those of the session's pool, which has
+        # one less than this number, and which concurrent requests share: k callers and the pool
+        # are all the threads there are.
+        settings.intra_op_num_threads = options.total_threads - options.streams + 1
     # Idle threads that spin after a run take the cores from whoever works next.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     source: str | bytes = str(path)
@@ -63,7 +66,11 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeRunner":
 
 
 class OnnxRuntimeRunner(Closing):
-    """Runs a session; inputs and outputs are in host memory."""
+    """Runs a session; inputs and outputs are in host memory.
+
+    A session keeps nothing between runs, so streams are just concurrent calls of it: weights and
+    what was prepared of them are in memory once.
+    """
 
     target = "onnxruntime"
 

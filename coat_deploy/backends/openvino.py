@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import queue
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,7 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
     # Named now: compiling joins equal tensors, and an output then bears their names too.
     names = tuple(_name(port, options.taps) for port in model.outputs)
     wanted = _TYPES[options.precision]
-    settings: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": wanted,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    if options.threads:
-        settings["INFERENCE_NUM_THREADS"] = options.threads
+    settings = {"INFERENCE_PRECISION_HINT": wanted, **_threading(options)}
     try:
         compiled = openvino.Core().compile_model(model, "CPU", settings)
     except RuntimeError as error:
@@ -70,7 +66,18 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
             f"(OpenVINO would use {computed}). Load it on one with AMX or AVX512-BF16, or use "
             "the fp32 artifact."
         )
-    return OpenVinoRunner(compiled, names)
+    return OpenVinoRunner(compiled, names, options.streams)
+
+
+def _threading(options: LoadOptions) -> dict[str, Any]:
+    """Return the properties for threads and streams; OpenVINO divides threads among streams."""
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if options.streams > 1:
+        # The hint alone would let OpenVINO choose the number of streams.
+        settings = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": options.streams}
+    if options.total_threads:
+        settings["INFERENCE_NUM_THREADS"] = options.total_threads
+    return settings
 
 
 def _read(path: Path) -> Any:
@@ -96,38 +103,58 @@ def _read(path: Path) -> Any:
 
 
 class OpenVinoRunner(Closing):
-    """Runs one request of a compiled model; inputs and outputs are in host memory.
+    """Runs requests of a compiled model; inputs and outputs are in host memory.
 
-    `names` are those of the outputs, in order.
+    `names` are those of the outputs, in order. There is a request for each of the `streams`.
     """
 
     target = "openvino"
 
-    def __init__(self, compiled: Any, names: tuple[str, ...]) -> None:
+    def __init__(self, compiled: Any, names: tuple[str, ...], streams: int = 1) -> None:
         self._compiled = compiled
-        self._request = compiled.create_infer_request()
+        self._streams = streams
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(streams):
+            self._idle.put(compiled.create_infer_request())
         self.inputs = (_spec(compiled.inputs[0], INPUT),)
         self.outputs = tuple(map(_spec, compiled.outputs, names))
 
     def close(self) -> None:
-        """Free the request and the compiled model."""
-        del self._request, self._compiled
+        """Free the requests and the compiled model."""
+        del self._idle, self._compiled
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
         """Return the outputs and taps by name. Raises RunnerError when OpenVINO refuses."""
         pixels = accept(pixels, self.inputs[0], self.target)
+        request = self._idle.get()
         try:
-            self._request.infer([pixels], share_inputs=True)
+            self._step(request, pixels)()
+            outputs = [request.get_output_tensor(i).data for i in range(len(self.outputs))]
+            named = zip(self.outputs, outputs, strict=True)
+            return {spec.name: np.array(value, np.float32) for spec, value in named}
         except RuntimeError as error:
             raise RunnerError(f"openvino: {_reason(error)} (input {pixels.shape}).") from error
-        outputs = [self._request.get_output_tensor(i).data for i in range(len(self.outputs))]
-        named = zip(self.outputs, outputs, strict=True)
-        return {spec.name: np.array(value, np.float32) for spec, value in named}
+        finally:
+            self._idle.put(request)
 
     def bind(self, pixels: Pixels) -> Callable[[], object]:
-        """Return a step that runs `pixels`."""
-        request, pixels = self._request, accept(pixels, self.inputs[0], self.target)
-        return lambda: request.infer([pixels], share_inputs=True, share_outputs=True)
+        """Return a step that runs `pixels`, in a request of its own."""
+        pixels = accept(pixels, self.inputs[0], self.target)
+        return self._step(self._compiled.create_infer_request(), pixels)
+
+    def _step(self, request: Any, pixels: Pixels) -> Callable[[], Any]:
+        """Return a function that runs `request` and hands its outputs back."""
+        if self._streams == 1:
+            return lambda: request.infer([pixels], share_inputs=True, share_outputs=True)
+
+        def step() -> Any:
+            # Queued, it is taken up by whichever stream is free. A synchronous call computes in
+            # the thread that calls, and two of those may be given one and the same stream.
+            request.start_async([pixels], share_inputs=True)
+            request.wait()
+            return request.results
+
+        return step
 
 
 def _name(port: Any, taps: tuple[str, ...]) -> str:

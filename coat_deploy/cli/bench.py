@@ -19,6 +19,7 @@ from coat_deploy.spec import Size, format_size, parse_size
 if TYPE_CHECKING:
     from coat_deploy.measure.bench import BenchReport
     from coat_deploy.measure.latency import Failure, Latency
+    from coat_deploy.measure.throughput import ThroughputReport
     from coat_deploy.model import Model
 
 HOW_LONG, KEEP = "How long", "What to keep"
@@ -35,8 +36,12 @@ def bench(
         ),
     ] = "eager,onnxruntime",
     batch: Annotated[
-        str, typer.Option(metavar="N,N", help="Batch sizes, separated by commas.")
-    ] = "1",
+        str | None,
+        typer.Option(
+            metavar="N,N",
+            help="Batch sizes, separated by commas. Default: 1, or 1 to 32 for --throughput.",
+        ),
+    ] = None,
     threads: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +64,15 @@ def bench(
             "a file, random. Speed does not depend on them.",
         ),
     ] = None,
+    throughput: Annotated[
+        bool,
+        typer.Option(
+            "--throughput",
+            metavar="",
+            help="Find each target's most images a second instead: how many requests at once "
+            "share the threads, and in what batches.",
+        ),
+    ] = False,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
     budget: Annotated[
@@ -101,8 +115,9 @@ def bench(
     exported first, and every proof is replayed. Ratios are of medians: above 1 is faster than the
     baseline. Exit status 1 when a contender could not be measured.
     """
+    from coat_deploy.cli import throughput as search
     from coat_deploy.cli.contenders import line_up, read_entries
-    from coat_deploy.measure.bench import BenchOptions
+    from coat_deploy.measure.bench import BenchOptions, BenchReport
     from coat_deploy.measure.bench import bench as run
     from coat_deploy.repository import Repository
 
@@ -110,9 +125,11 @@ def bench(
     names = [entry.text for entry in entries]
     if baseline is not None and baseline not in names:
         raise UsageError(unknown_name("baseline", baseline, names))
-    batches = console.counts(batch, "batch")
+    batches = console.counts(batch or "1", "batch")
     counts = console.counts(threads, "threads", 1024) if threads else [None]
     check_files(record, plot)
+    shared = search.one_number_of_threads(counts, plot) if throughput else None
+    counts = [shared] if shared else counts
     repository = Repository.open(models)
     opened = repository.find(model)
     wanted = parse_size(size) if size else opened.spec.preprocess.input_size
@@ -130,12 +147,18 @@ def bench(
             seed=seed,
         )
         opened = lineup.model
-        report = run(
-            list(lineup.contenders(entries, batches, counts)),
-            functools.partial(probe_pixels, opened),
-            options,
-            lambda what, done: tell(f"{what} {done:.0%}"),
-        )
+        pixels = functools.partial(probe_pixels, opened)
+
+        def progress(what: str, done: float) -> None:
+            tell(f"{what} {done:.0%}")
+
+        report: BenchReport | ThroughputReport
+        if shared:
+            few = batches if batch else None
+            report = search.run(lineup, entries, shared, few, pixels, options, progress)
+        else:
+            contenders = list(lineup.contenders(entries, batches, counts))
+            report = run(contenders, pixels, options, progress)
     failures = [*lineup.failures(entries, batches, counts), *report.failures]
     document = report.to_json() | {"model": opened.name}
     document["failures"] = [failure.to_json() for failure in failures]
@@ -143,11 +166,13 @@ def bench(
         result["agreement"] = lineup.agreements.get(result["name"])
     if as_json:
         console.print_json(document)
-    else:
+    elif isinstance(report, BenchReport):
         console.emit(render(opened.name, report))
+    else:
+        console.emit(search.render(opened.name, report))
     if record:
         write_record(record, report, opened)
-    if plot:
+    if plot and isinstance(report, BenchReport):
         from coat_deploy.measure.plot import plot as draw
 
         draw(report.results, plot, machine=report.machine, title=opened.name)
@@ -239,7 +264,7 @@ def _start_and_memory(results: "Sequence[Latency]") -> str:
     return render_table(columns, rows, "Memory, and start: cold / warm")
 
 
-def write_record(path: Path, report: "BenchReport", model: "Model") -> None:
+def write_record(path: Path, report: "BenchReport | ThroughputReport", model: "Model") -> None:
     """Append the results to a file of records."""
     from coat_deploy.digest import sha256_file
     from coat_deploy.measure.latency import append_records, record_lines

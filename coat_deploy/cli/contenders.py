@@ -82,7 +82,11 @@ class LineUp:
     failed: dict[str, str] = field(default_factory=dict)
 
     def contenders(
-        self, entries: Sequence[Entry], batches: Sequence[int], threads: Sequence[int | None]
+        self,
+        entries: Sequence[Entry],
+        batches: Sequence[int],
+        threads: Sequence[int | None],
+        streams: int = 1,
     ) -> "Iterator[Contender]":
         """Yield every entry that can start, at every batch size and number of threads."""
         from coat_deploy.measure.bench import Contender
@@ -101,9 +105,10 @@ class LineUp:
                 batch=batch,
                 size=self.size,
                 threads=count,
-                load=source.loader(LoadOptions(threads=count, compile=compiled)),
+                load=source.loader(LoadOptions(threads=count, compile=compiled, streams=streams)),
                 file=source.path if source.artifact else source.model.weights_path,
                 sha256=source.sha256,
+                streams=streams,
             )
 
     def failures(

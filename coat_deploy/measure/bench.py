@@ -8,7 +8,6 @@ them, and the ratio of medians, taken over rounds in pairs, hardly notices.
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from coat_deploy.measure.latency import (
     Samples,
     Stopped,
     interval_over_rounds,
-    is_stable,
     percentiles,
     ratio_of_medians,
     round_medians,
 )
-from coat_deploy.measure.worker import Load, Opened, Reopened, Worker
+from coat_deploy.measure.turns import Entrant, still_in, take_turns
+from coat_deploy.measure.worker import Load, Opened, Reopened
 from coat_deploy.runner import Pixels
 from coat_deploy.spec import Size, format_size
 
@@ -50,7 +49,8 @@ class Contender:
 
     `load` is called in the contender's own process, so it must be picklable: a module's function,
     or a `functools.partial` of one. `file` (a file, or a folder) is evicted from the page cache
-    before the first load. `threads` None is the runtime's default.
+    before the first load. `threads` None is the runtime's default. `load` returns a runner that
+    takes `streams` calls at once; more than one is for `throughput`.
     """
 
     name: str
@@ -63,11 +63,18 @@ class Contender:
     threads: int | None = None
     file: Path | None = None
     sha256: str | None = None
+    streams: int = 1
 
     @property
     def group(self) -> Group:
         """Contenders that agree in this are compared."""
         return (self.batch, self.size, self.threads)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What a result or a failure repeats of it."""
+        names = ("name", "target", "precision", "form", "batch", "size", "threads")
+        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f", {self.threads} threads"
@@ -180,25 +187,16 @@ def _groups(
     return groups
 
 
-class _Entry:
-    """A contender of the running group: its process and what it has shown so far."""
+class _Entry(Entrant):
+    """A contender of the running group."""
 
     def __init__(self, contender: Contender, timeout_s: float) -> None:
+        super().__init__(contender.name, timeout_s)
         self.contender = contender
-        self.worker = Worker(f"bench {contender.name}", timeout_s)
         self.rounds: list[Samples] = []
         self.iterations = 1
         self.opened: Opened | None = None
         self.reopened: Reopened | None = None
-        self.error: str | None = None
-
-    def attempt(self, action: Callable[[], None]) -> None:
-        """Do `action`; when it fails, note why and end the process."""
-        try:
-            action()
-        except RunnerError as error:
-            self.error = str(error)
-            self.worker.close()
 
     def start(self, pixels: Pixels, options: BenchOptions) -> None:
         self.opened = self.worker.open(self.contender.load, pixels, self.contender.file)
@@ -209,6 +207,9 @@ class _Entry:
 
     def measure(self) -> None:
         self.rounds.append(self.worker.time(self.iterations))
+
+    def figures(self) -> Samples:
+        return round_medians(self.rounds)
 
     def finish(self) -> None:
         self.reopened = self.worker.reopen()
@@ -221,7 +222,7 @@ class _Entry:
         quantiles = percentiles(samples)
         interval = interval_over_rounds(self.rounds)
         return Latency(
-            **_labels(self.contender),
+            **self.contender.labels,
             sha256=self.contender.sha256,
             p50_ms=quantiles.p50,
             p90_ms=quantiles.p90,
@@ -243,11 +244,6 @@ class _Entry:
         )
 
 
-def _labels(contender: Contender) -> dict[str, Any]:
-    names = ("name", "target", "precision", "form", "batch", "size", "threads")
-    return {name: getattr(contender, name) for name in names}
-
-
 @dataclass(frozen=True)
 class _Race:
     """One group: start everybody, run rounds until it is decided, finish and compare."""
@@ -267,7 +263,7 @@ class _Race:
                 entries.append(entry)
                 entry.attempt(functools.partial(entry.start, pixels, self.options))
             stopped = self._rounds(entries)
-            for entry in _live(entries):
+            for entry in still_in(entries):
                 self.progress(f"{entry.contender}: warm start", 1.0)
                 entry.attempt(entry.finish)
             return self._outcomes(entries, stopped)
@@ -276,33 +272,26 @@ class _Race:
                 entry.worker.close()
 
     def _rounds(self, entries: Sequence[_Entry]) -> Stopped:
-        start = time.perf_counter()
-        count = 0
-        while live := _live(entries):
-            for index in self.generator.permutation(len(live)):
-                live[index].attempt(live[index].measure)
-            count += 1
-            share = (time.perf_counter() - start) / max(self.options.budget_s, 1e-9)
-            batch, size, _ = live[0].contender.group
-            self.progress(f"batch {batch}, {format_size(size)}: round {count}", min(share, 1.0))
-            if count < self.options.min_rounds:
-                continue
-            medians = [round_medians(entry.rounds) for entry in _live(entries)]
-            if all(is_stable(samples, self.options.stability) for samples in medians):
-                return "stable"
-            if share >= 1:
-                return "budget"
-        return "budget"  # nobody is left; no result will say so
+        batch, size, _ = entries[0].contender.group
+        where = f"batch {batch}, {format_size(size)}"
+        return take_turns(
+            entries,
+            self.generator,
+            lambda count, share: self.progress(f"{where}: round {count}", share),
+            budget_s=self.options.budget_s,
+            stability=self.options.stability,
+            min_rounds=self.options.min_rounds,
+        )
 
     def _outcomes(
         self, entries: Sequence[_Entry], stopped: Stopped
     ) -> dict[Contender, Latency | Failure]:
-        named = (entry for entry in _live(entries) if entry.contender.name == self.options.baseline)
-        baseline = next(named, None)
+        wanted = self.options.baseline
+        baseline = next((e for e in still_in(entries) if e.contender.name == wanted), None)
         outcomes: dict[Contender, Latency | Failure] = {}
         for entry in entries:
             if entry.error is not None:
-                outcomes[entry.contender] = Failure(**_labels(entry.contender), error=entry.error)
+                outcomes[entry.contender] = Failure(**entry.contender.labels, error=entry.error)
                 continue
             latency = entry.latency(stopped)
             if baseline is not None:
@@ -315,7 +304,3 @@ class _Race:
                 )
             outcomes[entry.contender] = latency
         return outcomes
-
-
-def _live(entries: Sequence[_Entry]) -> list[_Entry]:
-    return [entry for entry in entries if entry.error is None]

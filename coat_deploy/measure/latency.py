@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -249,8 +249,16 @@ class Failure:
         return dataclasses.asdict(self) | {"size": list(self.size)}
 
 
+class Result(Protocol):
+    """Something measured that is kept as a record."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        ...
+
+
 def record_lines(
-    results: Sequence[Latency],
+    results: Sequence[Result],
     machine: Machine,
     *,
     command: str,

@@ -22,6 +22,8 @@ import numpy as np
 from coat_deploy.errors import CoatDeployError, RunnerError
 from coat_deploy.machine import peak_memory, resident_memory_mib
 from coat_deploy.measure.latency import Samples
+from coat_deploy.measure.page_cache import evict
+from coat_deploy.measure.streams import Flow, Step, Streams
 from coat_deploy.runner import Pixels, Runner
 
 Load = Callable[[], Runner]
@@ -65,6 +67,7 @@ class _Open:
     load: bytes  # pickled apart, so that the imports it needs fall into the time of the load
     pixels: Pixels
     file: Path | None
+    streams: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ class _WarmUp:
 @dataclass(frozen=True)
 class _Slice:
     iterations: int
+
+
+@dataclass(frozen=True)
+class _Flow:
+    seconds: float
+    least: int
 
 
 @dataclass(frozen=True)
@@ -107,9 +116,12 @@ class Worker:
             raise RunnerError(f"{name}: its process could not start ({error}).") from None
         theirs.close()
 
-    def open(self, load: Load, pixels: Pixels, file: Path | None) -> Opened:
-        """Evict `file` from the page cache, load, bind `pixels` (B, 3, H, W) and run once."""
-        answer = self._ask(_Open(pickle.dumps(load), pixels, file))
+    def open(self, load: Load, pixels: Pixels, file: Path | None, streams: int = 1) -> Opened:
+        """Evict `file` from the page cache, load, bind `pixels` (B, 3, H, W) and run once.
+
+        They are bound `streams` times, for `flow`; what is loaded must take so many calls at once.
+        """
+        answer = self._ask(_Open(pickle.dumps(load), pixels, file, streams))
         assert isinstance(answer, Opened)
         return answer
 
@@ -123,6 +135,12 @@ class Worker:
         """Return the times of `iterations` runs in ms, (iterations,)."""
         answer = self._ask(_Slice(iterations))
         assert isinstance(answer, np.ndarray)
+        return answer
+
+    def flow(self, seconds: float, least: int = 1) -> Flow:
+        """Run all streams at once, and count for `seconds` and at least `least` runs of each."""
+        answer = self._ask(_Flow(seconds, least))
+        assert isinstance(answer, Flow)
         return answer
 
     def reopen(self) -> Reopened:
@@ -197,13 +215,14 @@ def work(connection: Connection) -> None:
 
 
 class _Session:
-    """What the worker holds between requests: the runner, its step, what is going on."""
+    """What the worker holds between requests: the runner, its steps, what is going on."""
 
     def __init__(self) -> None:
         self._doing = ""
         self._load: Load | None = None
         self._pixels: Pixels | None = None
-        self._step: Callable[[], object] = lambda: None
+        self._num_streams = 1
+        self._step: Step = lambda: None
         self._held = contextlib.ExitStack()
 
     def answer(self, request: object) -> object:
@@ -225,6 +244,9 @@ class _Session:
                 if iterations >= LEAD_IN_FROM:
                     self._step()
                 return _time(self._step, iterations)
+            case _Flow(seconds, least):
+                self._doing = "run"
+                return self._streams.flow(seconds, least)
             case _Reopen():
                 return self._reopen()
         raise AssertionError(request)
@@ -232,7 +254,7 @@ class _Session:
     def _open(self, request: _Open) -> Opened:
         evicted = None if request.file is None else evict(request.file)
         before = resident_memory_mib()
-        self._pixels = request.pixels
+        self._pixels, self._num_streams = request.pixels, request.streams
         self._doing = "load"
         start = time.perf_counter_ns()
         self._load = pickle.loads(request.load)
@@ -245,7 +267,11 @@ class _Session:
         runner = self._held.enter_context(self._load())
         loaded = time.perf_counter_ns()
         self._doing = "first run"
-        self._step = runner.bind(self._pixels)
+        # Requests in use have pixels of their own, so these have too.
+        copies = (self._pixels.copy() for _ in range(1, self._num_streams))
+        steps = [runner.bind(pixels) for pixels in (self._pixels, *copies)]
+        self._step = steps[0]
+        self._streams = self._held.enter_context(contextlib.closing(Streams(steps)))
         self._step()
         return (loaded - start) / 1e6, (time.perf_counter_ns() - loaded) / 1e6
 
@@ -262,12 +288,13 @@ class _Session:
         peak, source = peak_memory()
         self._doing = "second load"
         self._step = lambda: None
+        del self._streams
         self._held.close()
         gc.collect()
         return Reopened(*self._start(time.perf_counter_ns()), peak, source)
 
 
-def _time(step: Callable[[], object], iterations: int) -> Samples:
+def _time(step: Step, iterations: int) -> Samples:
     clock = time.perf_counter_ns
     times = np.empty(iterations, np.int64)
     collecting = gc.isenabled()
@@ -295,34 +322,6 @@ def _wait_until_quiet() -> None:
         time.sleep(QUIET_CHECK_S)
         if time.process_time() - used < QUIET_SHARE * (time.perf_counter() - wall):
             return
-
-
-def evict(file: Path) -> bool:
-    """Drop a file, with the siblings that hold its data, from the page cache; tell whether so.
-
-    `file` may be a folder: all files in it. Siblings share the stem: `net.onnx`,
-    `net.onnx.data`; `net.xml`, `net.bin`. False where the system cannot, or keeps the pages.
-    """
-    files = file.iterdir() if file.is_dir() else file.parent.glob(f"{file.stem}*")
-    # Every file is evicted, also after one that could not be.
-    return all([_evict_one(path) for path in files if path.is_file()])
-
-
-def _evict_one(path: Path) -> bool:
-    if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
-        return False
-    try:
-        with path.open("rb") as stream:
-            number, size = stream.fileno(), path.stat().st_size
-            os.fsync(number)  # unwritten pages cannot be dropped
-            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
-            # The last byte, if it comes without waiting, was still in memory. The last, since
-            # asking reads ahead from there.
-            return not size or not os.preadv(number, [bytearray(1)], size - 1, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
 
 
 def _one_line(error: BaseException) -> str:

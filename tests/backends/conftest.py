@@ -1,9 +1,12 @@
 """What the tests of the backends share: a model folder and the graphs made from it."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,3 +128,26 @@ def distance() -> Callable[[np.ndarray, np.ndarray], float]:
         return float(np.abs(got - expected).max() / np.abs(expected).max())
 
     return largest
+
+
+@pytest.fixture
+def at_once() -> Callable[..., list[list[Any]]]:
+    """Return `run(*calls, times)`: every call in a thread of its own, repeated, all at once.
+
+    Returns the values of each call. That they overlap is made sure of by a meeting before each.
+    """
+
+    def run(*calls: Callable[[], Any], times: int = 5) -> list[list[Any]]:
+        meeting = threading.Barrier(len(calls))
+
+        def repeat(call: Callable[[], Any]) -> list[Any]:
+            values = []
+            for _ in range(times):
+                meeting.wait(60)
+                values.append(call())
+            return values
+
+        with ThreadPoolExecutor(len(calls)) as pool:
+            return list(pool.map(repeat, calls))
+
+    return run

@@ -1,4 +1,5 @@
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -189,3 +190,50 @@ def test_switches_of_the_config_reach_the_network(model, runner, other_model, pi
     x = pixels(2)
     with eager.load(other_model(model_args={"co_scale": "none"}), LoadOptions()) as other:
         assert np.abs(other.run(x)["logits"] - runner.run(x)["logits"]).max() > 0.01
+
+
+# Streams
+
+
+def test_runs_at_once_give_what_they_give_one_after_another(
+    model, runner, pixels, distance, at_once
+) -> None:
+    images = [pixels(batch) * scale for batch, scale in ((1, 1), (3, 2), (2, -1))]
+    expected = [runner.run(x)["logits"] for x in images]
+    with eager.load(model.path, LoadOptions(threads=3, streams=3)) as streams:
+        calls = [functools.partial(streams.run, x) for x in images]
+        for got, logits in zip(at_once(*calls), expected, strict=True):
+            assert max(distance(value["logits"], logits) for value in got) < 1e-6
+
+
+def test_bound_steps_have_buffers_of_their_own(model, runner, pixels, distance, at_once) -> None:
+    images = [pixels(2) * scale for scale in (1, 2, -1)]
+    expected = [runner.run(x)["logits"] for x in images]
+    with eager.load(model.path, LoadOptions(threads=3, streams=3)) as streams:
+        steps = [streams.bind(x) for x in images]
+        for got, logits in zip(at_once(*steps), expected, strict=True):
+            assert max(distance(value.numpy(), logits) for value in got) < 1e-6
+
+
+def test_every_calling_thread_has_its_share_of_the_threads(model, pixels, at_once) -> None:
+    with eager.load(model.path, LoadOptions(threads=4, streams=2)) as streams:
+        assert torch.get_num_threads() == 2
+
+        def counted(step: Callable[[], object]) -> int:
+            torch.set_num_threads(7)
+            step()
+            return torch.get_num_threads()
+
+        steps = [streams.bind(pixels()), lambda: streams.run(pixels())]
+        calls = [functools.partial(counted, step) for step in steps]
+        assert at_once(*calls, times=1) == [[2], [2]]
+
+
+def test_taps_of_threads_do_not_mix(model, pixels, at_once) -> None:
+    images = [pixels(), 2 * pixels()]
+    with eager.load(model.path, LoadOptions(threads=2, streams=2, taps=TAPS)) as tapped:
+        expected = [tapped.run(x) for x in images]
+        calls = [functools.partial(tapped.run, x) for x in images]
+        for got, alone in zip(at_once(*calls), expected, strict=True):
+            for value in got:
+                assert all(np.array_equal(value[tap], alone[tap]) for tap in TAPS)

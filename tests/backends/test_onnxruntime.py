@@ -1,3 +1,4 @@
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,35 @@ def test_a_graph_of_the_future_is_refused_as_one_it_cannot_run(fixed, tmp_path) 
     onnx.save(future, tmp_path / "future.onnx")
     with pytest.raises(RunnerError, match=r"future\.onnx: onnxruntime does not load it"):
         onnxruntime.load(tmp_path / "future.onnx", OPTIONS)
+
+
+# Streams
+
+
+def test_runs_at_once_give_what_they_give_one_after_another(
+    runner, fixed, pixels, distance, at_once
+) -> None:
+    images = [pixels(batch) * scale for batch, scale in ((1, 1), (3, 2), (2, -1))]
+    expected = [runner.run(x)["logits"] for x in images]
+    with onnxruntime.load(fixed, LoadOptions(threads=3, streams=3)) as streams:
+        calls = [functools.partial(streams.run, x) for x in images]
+        for got, logits in zip(at_once(*calls), expected, strict=True):
+            assert max(distance(value["logits"], logits) for value in got) < 1e-6
+
+
+def test_bound_steps_have_buffers_of_their_own(runner, fixed, pixels, distance, at_once) -> None:
+    images = [pixels(2) * scale for scale in (1, 2, -1)]
+    expected = [runner.run(x)["logits"] for x in images]
+    with onnxruntime.load(fixed, LoadOptions(threads=3, streams=3)) as streams:
+        steps = [streams.bind(x) for x in images]
+        for got, logits in zip(at_once(*steps), expected, strict=True):
+            assert max(distance(value[0], logits) for value in got) < 1e-6
+
+
+@pytest.mark.parametrize(("threads", "streams", "pool"), [(2, 1, 2), (2, 2, 1), (4, 2, 3)])
+def test_callers_and_the_sessions_pool_are_the_threads_there_are(
+    fixed, threads, streams, pool
+) -> None:
+    with onnxruntime.load(fixed, LoadOptions(threads=threads, streams=streams)) as other:
+        # The pool has one less than this, as the caller works, too.
+        assert other._session.get_session_options().intra_op_num_threads == pool

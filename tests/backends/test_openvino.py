@@ -1,3 +1,4 @@
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +266,51 @@ def test_weights_that_are_not_whole_beside_the_graph_are_refused(model, tmp_path
     with pytest.raises(CorruptArtifact, match=r"toy\.onnx: not a whole ONNX model") as caught:
         openvino.load(path, OPTIONS)
     assert "\n" not in str(caught.value)
+
+
+# Streams
+
+
+def test_runs_at_once_give_what_they_give_one_after_another(
+    runner, fixed, pixels, distance, at_once
+) -> None:
+    images = [pixels(batch) * scale for batch, scale in ((1, 1), (3, 2), (2, -1))]
+    expected = [runner.run(x)["logits"] for x in images]
+    with openvino.load(fixed, LoadOptions(threads=3, streams=3)) as streams:
+        calls = [functools.partial(streams.run, x) for x in images]
+        for got, logits in zip(at_once(*calls), expected, strict=True):
+            assert max(distance(value["logits"], logits) for value in got) < 1e-6
+
+
+def test_bound_steps_have_buffers_of_their_own(runner, fixed, pixels, distance, at_once) -> None:
+    images = [pixels(2) * scale for scale in (1, 2, -1)]
+    expected = [runner.run(x)["logits"] for x in images]
+    with openvino.load(fixed, LoadOptions(threads=3, streams=3)) as streams:
+        steps = [streams.bind(x) for x in images]
+        for got, logits in zip(at_once(*steps), expected, strict=True):
+            assert max(distance(next(iter(value.values())), logits) for value in got) < 1e-6
+
+
+def test_openvino_is_told_how_many_streams_share_the_threads(fixed, monkeypatch) -> None:
+    """As it is told: it makes no more streams than there are processors."""
+    told = {}
+    compile_model = openvino_package.Core.compile_model
+
+    def note(self, model, device, settings):
+        told.update(settings)
+        return compile_model(self, model, device, settings)
+
+    monkeypatch.setattr(openvino_package.Core, "compile_model", note)
+    openvino.load(fixed, LoadOptions(threads=4, streams=2)).close()
+    assert (told["NUM_STREAMS"], told["INFERENCE_NUM_THREADS"]) == (2, 4)
+    assert told["PERFORMANCE_HINT"] == "THROUGHPUT"
+
+
+def test_a_request_that_was_refused_is_used_again(fixed, pixels, monkeypatch) -> None:
+    with openvino.load(fixed, LoadOptions(threads=2, streams=2)) as streams:
+        with monkeypatch.context() as patch:
+            patch.setattr(openvino, "accept", lambda pixels, spec, target: pixels)
+            for _ in range(3):
+                with pytest.raises(RunnerError, match=r"openvino: .*input \(2, 3, 32, 64\)"):
+                    streams.run(pixels(2, (32, 64)))
+        assert streams.run(pixels(2))["logits"].shape == (2, 10)

@@ -106,6 +106,14 @@ def test_bench_prints_what_is_documented(cli, models, brief):
     assert paths(documented("Agreement"), ".results[].agreement") <= paths(ran.json)
 
 
+def test_bench_throughput_prints_what_is_documented(cli, models, brief):
+    words = ("--targets", "onnxruntime", "--budget", "0.1", "--threads", "1", "--json")
+    ran = cli("bench", "coat_lite_toy", "--models", models, "--throughput", "--batch", "2", *words)
+    assert (ran.status, ran.err) == (0, "")
+    assert promised("bench --throughput") <= paths(ran.json)
+    assert paths(documented("Agreement"), ".results[].agreement") <= paths(ran.json)
+
+
 @pytest.mark.parametrize("format", ["table", "json"])
 def test_results_go_to_stdout_and_all_else_to_stderr(format, script, models, own_photos):
     """In a process of its own, where a runtime's own printing would show."""

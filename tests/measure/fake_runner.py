@@ -1,8 +1,11 @@
 """Runners that sleep, fail or die on purpose; imported by name in the worker processes."""
 
+import contextlib
+import functools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +15,25 @@ from typing import Any
 import numpy as np
 
 loads = 0
+turn = threading.Lock()
 
 
 @dataclass
 class FakeRunner:
-    """Sleeps `ms` a step and notes every step as a line `name pid start end` (ns) in `log`."""
+    """Sleeps `ms` a step and notes every step as a line `name pid start end` (ns) in `log`.
+
+    A step of a batch takes `ms * batch**growth`; `one_at_a_time` steps of threads wait for each
+    other; batches from `largest_batch` on are too large.
+    """
 
     name: str
     ms: float
     log: Path | None
     fail_at: int | None
     die: str
+    growth: float = 0
+    one_at_a_time: bool = False
+    largest_batch: int | None = None
     steps: int = 0
 
     def __enter__(self) -> "FakeRunner":
@@ -33,14 +44,18 @@ class FakeRunner:
 
     def bind(self, pixels: np.ndarray) -> Callable[[], object]:
         assert pixels.dtype == np.float32
-        return self.step
+        if self.largest_batch is not None and len(pixels) > self.largest_batch:
+            fail(self.die)
+        seconds = self.ms / 1e3 * len(pixels) ** self.growth
+        return functools.partial(self.step, seconds)
 
-    def step(self) -> int:
+    def step(self, seconds: float) -> int:
         self.steps += 1
         start = time.perf_counter_ns()
         if self.steps == self.fail_at:
             fail(self.die)
-        time.sleep(self.ms / 1e3)
+        with turn if self.one_at_a_time else contextlib.nullcontext():
+            time.sleep(seconds)
         if self.log is not None:
             with self.log.open("a") as stream:
                 stream.write(f"{self.name} {os.getpid()} {start} {time.perf_counter_ns()}\n")
@@ -57,6 +72,7 @@ def load(
     memory_mib: int = 0,
     fail_at: int | None = None,
     die: str = "raise",
+    **steps: Any,
 ) -> Any:
     """Return a runner; `fail_at` counts steps, 0 being the load, -1 the second load."""
     global loads, ballast
@@ -66,7 +82,7 @@ def load(
     time.sleep((load_ms if loads == 1 else warm_load_ms) / 1e3)
     ballast = np.ones(memory_mib << 17)  # 8 bytes each
     print("a runtime that talks", flush=True)
-    return FakeRunner(name, ms, log, fail_at, die)
+    return FakeRunner(name, ms, log, fail_at, die, **steps)
 
 
 def fail(how: str) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,23 +18,13 @@ import pytest
 from coat_deploy.errors import RunnerError, UsageError
 from coat_deploy.measure.bench import BenchOptions, BenchReport, Contender, bench
 from coat_deploy.measure.latency import Latency
-from coat_deploy.measure.worker import evict
+from coat_deploy.measure.page_cache import evict
 
 HERE = Path(__file__).parent
 LINUX = sys.platform == "linux"
 QUICK = BenchOptions(
     warmup_iterations=1, warmup_s=0, budget_s=0, min_rounds=6, slice_ms=1, timeout_s=30
 )
-
-
-@pytest.fixture(scope="module")
-def fake() -> Iterator[ModuleType]:
-    """The module of fake runners, importable by its name here and so in every worker."""
-    sys.path.insert(0, str(HERE))
-    try:
-        yield importlib.import_module("fake_runner")
-    finally:
-        sys.path.remove(str(HERE))
 
 
 def pixels(batch: int, size: tuple[int, int]) -> np.ndarray:
