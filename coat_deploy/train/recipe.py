@@ -223,7 +223,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 225, "batch_size": 64, "learning_rate": 9e-3, "warmup_epochs": 5.0,
         "final_factor": 0.01, "weight_decay": 0.1, "clip_norm": 1.0, "ema_decay": 0.998,
         "crop_min": 0.35, "rand_augment": 0, "jitter": 0.2, "erase": 0.2, "mixup": 0.2,
-        "mix_share": 1.0, "repeats": 1, "drop_path": 0.1, "crop_pct": 1.0, "validate_every": 10,
+        "mix_share": 1.0, "mix_until": 0.85, "repeats": 1, "drop_path": 0.1, "crop_pct": 1.0,
+        "validate_every": 10,
     },
 }  # fmt: skip
 """Recipes by name: what differs from the defaults."""
