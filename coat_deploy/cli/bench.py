@@ -143,11 +143,14 @@ def bench(
 
     if peers and targets is not None:
         raise UsageError("--peers: names the targets itself. Leave --targets out, or --peers.")
-    entries = every_peer.peer_entries() if peers else read_entries(targets or TARGETS)
+    named = TARGETS if targets is None else targets
+    entries = every_peer.peer_entries() if peers else read_entries(named)
     names = [entry.text for entry in entries]
     if baseline is not None and baseline not in names:
         raise UsageError(unknown_name("baseline", baseline, names))
-    batches = console.counts(batch or (every_peer.BATCHES if peers else BATCHES), "batch")
+    if batch is None:
+        batch = every_peer.BATCHES if peers else BATCHES
+    batches = console.counts(batch, "batch")
     counts = console.counts(threads, "threads", 1024) if threads else [None]
     check_files(record, plot)
     repository = Repository.open(models)

@@ -104,7 +104,7 @@ def explain(limits: "Limits") -> str:
         parts.append(f"{several}{figures}; memory {bandwidth.gb_per_s:.1f} GB/s")
     text = (
         "of limit: how much of p50 is the least time that this machine allows. It is that of "
-        f"the network's 2 x {limits.work.macs / 1e9:.2f} G operations an image, at the rate at "
+        f"the network's 2 x {_millions(limits.work.macs)} operations an image, at the rate at "
         "which the same runtime multiplies large matrices here, or that of reading weights and "
         "images once, where that is longer. PyTorch is held against the fastest runtime of its "
         f"precision. Measured: {'. '.join(parts)}."
@@ -127,6 +127,10 @@ def _start_and_memory(results: "Sequence[Latency]") -> str:
     columns = ("", *(["batch"] if batches else []), *(["threads"] if threads else []), "what")
     columns += ("peak MiB", "load ms", "first run ms")
     return render_table(columns, rows, "Memory, and start: cold / warm")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
 def _threads(count: int | None) -> str:
