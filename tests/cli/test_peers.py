@@ -1,4 +1,3 @@
-import functools
 import json
 
 import pytest
@@ -7,7 +6,6 @@ from coat_deploy.backends import eager, openvino, select
 from coat_deploy.cli import peers
 from coat_deploy.cli.contenders import Entry
 from coat_deploy.errors import PrecisionMissing
-from coat_deploy.graph import gemm
 from coat_deploy.measure import limits
 
 pytestmark = pytest.mark.usefixtures("brief", "quick_limits")
@@ -16,14 +14,6 @@ QUICK = ("--budget", "0.1", "--threads", "1")
 WITH_INT8 = {
     "eager": ("fp32",), "onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16"),
 }  # fmt: skip
-
-
-@pytest.fixture
-def quick_limits(monkeypatch):
-    """Measure the machine by small products and little memory."""
-    monkeypatch.setattr(gemm, "Gemm", functools.partial(gemm.Gemm, side=64, products=1))
-    monkeypatch.setattr(limits, "RATE_S", 0.0)
-    monkeypatch.setattr(limits, "MOST_MIB", 2)
 
 
 @pytest.fixture
