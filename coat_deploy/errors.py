@@ -12,6 +12,7 @@
     |-- GraphError                a graph that cannot be authored or is not valid
     |-- BackendMissing            a runtime that is not installed
     |-- RunnerError               a runtime that failed
+    |   `-- PrecisionMissing      this machine does not compute in it
     |-- TrainingError             a training that cannot begin or go on
     |-- UploadError               a model that could not be published
     `-- BelowBar                  3: an artifact that does not agree with the eager network
@@ -74,6 +75,10 @@ class BackendMissing(CoatDeployError):
 
 class RunnerError(CoatDeployError):
     """A runtime that failed to load or run an artifact."""
+
+
+class PrecisionMissing(RunnerError):
+    """A precision in which this machine does not compute."""
 
 
 class TrainingError(CoatDeployError):

@@ -150,6 +150,17 @@ def peak_memory() -> tuple[float | None, str | None]:
     return (peak / _MIB if sys.platform == "darwin" else peak / 1024), "ru_maxrss"
 
 
+def largest_cache_mib(root: Path = Path("/")) -> float | None:
+    """Return the size of the first CPU's largest cache; None where the system does not tell."""
+    units = {"K": 1 / 1024, "M": 1.0, "G": 1024.0}
+    sizes = []
+    for file in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = _read(file).strip()
+        if text[:-1].isdigit() and text[-1] in units:
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes, default=None)
+
+
 def _status_mib(name: str) -> float | None:
     for line in _read(Path("/proc/self/status")).splitlines():
         if line.startswith(f"{name}:"):

@@ -8,70 +8,98 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RECORDS = ROOT / "docs" / "benchmarks"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+BASELINE = "onnxruntime:traced"
+"""What ratios are over: PyTorch's own export, on the runtime it is made for."""
 COLUMNS = {
     "eager": "PyTorch eager",
     "eager:compile": "torch.compile",
-    "onnxruntime:traced": "onnxruntime, traced",
+    BASELINE: "onnxruntime, traced",
     "onnxruntime": "onnxruntime, ours",
+    "onnxruntime:int8": "onnxruntime int8, ours",
+    "openvino:traced": "OpenVINO fp32, traced",
     "openvino": "OpenVINO fp32, ours",
+    "openvino:bf16:traced": "OpenVINO bf16, traced",
     "openvino:bf16": "OpenVINO bf16, ours",
 }
+PACKAGES = {"torch": "torch", "onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
+
+Record = dict[str, Any]
+Run = dict[str, Record]
+"""The records of one run of one model and batch, by the name of the contender."""
 
 
-def read_records() -> list[dict[str, Any]]:
+def read_records() -> list[Record]:
     """Return every record of a latency, oldest first."""
     lines = [
         json.loads(line)
         for path in sorted(RECORDS.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
-    lines = [record for record in lines if record.get("kind") != "throughput"]
-    return sorted(lines, key=lambda record: str(record["date"]))
+    return sorted((line for line in lines if "p50_ms" in line), key=_date)
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Return the table: a row a model and batch, of the newest run of each."""
-    newest: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+def newest_runs(records: list[Record]) -> dict[tuple[str, int], Run]:
+    """Return the newest run of each model and batch that has the baseline, or the newest."""
+    runs: dict[tuple[str, int], dict[str, Run]] = {}
     for record in records:
-        run = newest.setdefault((record["model"], record["batch"]), {})
-        if run and next(iter(run.values()))["date"] != record["date"]:
-            run.clear()
-        run[record["name"]] = record
-    names = [name for name in COLUMNS if any(name in run for run in newest.values())]
+        dates = runs.setdefault((record["model"], record["batch"]), {})
+        dates.setdefault(record["date"], {})[record["name"]] = record
+    return {
+        key: max(dates.items(), key=lambda item: (BASELINE in item[1], item[0]))[1]
+        for key, dates in runs.items()
+    }
+
+
+def table(runs: dict[tuple[str, int], Run]) -> str:
+    """Return the table: a row a model and batch, a column a contender that any of them has."""
+    names = [name for name in COLUMNS if any(name in run for run in runs.values())]
     lines = [
         "| model | batch | " + " | ".join(COLUMNS[name] for name in names) + " |",
         "| --- | ---: |" + " ---: |" * len(names),
     ]
-    for (model, batch), run in newest.items():
-        cells = [cell(run.get(name)) for name in names]
+    for (model, batch), run in runs.items():
+        cells = [cell(run.get(name), run.get(BASELINE)) for name in names]
         lines.append(f"| {model} | {batch} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def cell(record: dict[str, Any] | None) -> str:
-    """Return a cell: the median and how many times as fast as the baseline it is."""
+def cell(record: Record | None, baseline: Record | None) -> str:
+    """Return a cell: the median and how many times as fast as the baseline it is.
+
+    The ratio is that of the medians, whatever baseline the run itself had.
+    """
     if record is None:
         return "-"
-    ratio = "" if record["ratio"] is None else f" ({record['ratio']:.2f}x)"
+    ratio = "" if baseline is None else f" ({baseline['p50_ms'] / record['p50_ms']:.2f}x)"
     return f"{record['p50_ms']:.1f} ms{ratio}"
 
 
 def figures() -> str:
     """Return what stands between the marks of the README."""
-    records = read_records()
-    machine = records[-1]["machine"]
+    runs = newest_runs(read_records())
+    newest = max((record for run in runs.values() for record in run.values()), key=_date)
+    machine = newest["machine"]
     features = [f for f in machine["cpu_features"] if f.startswith(("amx", "avx512_"))]
-    versions = machine["versions"]
+    versions = [
+        f"{shown} {machine['versions'][name]}"
+        for name, shown in PACKAGES.items()
+        if name in machine["versions"]
+    ]
     return f"""
-{table(records)}
+{table(runs)}
 
-Median latency of a batch, and in brackets how many times as fast as PyTorch eager in the same run.
+Median latency of a batch, and in brackets how many times as fast as PyTorch's own export
+("traced": `torch.onnx.export`, dynamo, dynamic batch) is on onnxruntime, in the same run.
 {machine["threads"]} threads of a shared {machine["cpu"]} ({", ".join(features)}); random weights;
-torch {versions["torch"]}, onnxruntime {versions["onnxruntime"]}, OpenVINO {versions["openvino"]}.
-Absolute times of a shared machine mean little. Eager at batch 8 is unsteady, from run to run too,
-so ratios over it are rough there; [docs/benchmarks](docs/benchmarks/README.md) says how much, and
-holds the records with intervals, memory and start-up times.
+{", ".join(versions)}.
+Absolute times of a shared machine mean little, and eager at batch 8 is unsteady, from run to run
+too; [docs/benchmarks](docs/benchmarks/README.md) says how much, and holds the records with
+intervals, memory and start-up times.
 """
+
+
+def _date(record: Record) -> str:
+    return str(record["date"])
 
 
 def page() -> str:

@@ -68,6 +68,40 @@ def test_figures_of_the_readme_are_those_of_the_records():
     assert written == script("write_figures").page(), "run `make docs`"
 
 
+def record(name: str, p50_ms: float, date: str = "2026-01-01", **more: object) -> dict[str, object]:
+    return {"model": "toy", "batch": 1, "name": name, "p50_ms": p50_ms, "date": date, **more}
+
+
+def figures_table(*records: dict[str, object]) -> list[str]:
+    figures = script("write_figures")
+    return figures.table(figures.newest_runs(list(records))).splitlines()
+
+
+def test_ratios_of_the_readme_are_over_the_traced_graph_whatever_the_baseline_was():
+    traced = record("onnxruntime:traced", 30.0, ratio=2.0, baseline="eager")
+    ours = record("onnxruntime", 20.0, ratio=3.0, baseline="eager")
+    head, _, row = figures_table(ours, traced)
+    assert head == "| model | batch | onnxruntime, traced | onnxruntime, ours |"
+    assert row == "| toy | 1 | 30.0 ms (1.00x) | 20.0 ms (1.50x) |"
+
+
+def test_a_newer_run_without_the_traced_graph_does_not_replace_one_with_it():
+    older = [record("onnxruntime:traced", 30.0), record("onnxruntime", 20.0)]
+    newer = [record("onnxruntime", 10.0, "2026-01-02")]
+    assert figures_table(*older, *newer)[2] == "| toy | 1 | 30.0 ms (1.00x) | 20.0 ms (1.50x) |"
+
+
+def test_the_newest_of_like_runs_is_shown():
+    days = ("2026-01-01", "2026-01-02")
+    runs = [record("onnxruntime:traced", 30.0 + i, day) for i, day in enumerate(days)]
+    assert figures_table(*runs)[2] == "| toy | 1 | 31.0 ms (1.00x) |"
+
+
+def test_what_a_run_lacks_is_a_dash():
+    rows = figures_table(record("eager", 40.0), record("onnxruntime:traced", 30.0, model="other"))
+    assert rows[2:] == ["| toy | 1 | 40.0 ms | - |", "| other | 1 | - | 30.0 ms (1.00x) |"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):

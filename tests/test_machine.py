@@ -51,6 +51,17 @@ def test_an_x86_processor_is_named_with_its_matrix_units(tmp_path: Path) -> None
     )
 
 
+def test_the_largest_cache_is_found_whatever_its_unit(tmp_path: Path) -> None:
+    folder = "sys/devices/system/cpu/cpu0/cache"
+    sizes = {0: "48K", 1: "2048K", 2: "480M", 3: "odd"}
+    root = tree(tmp_path, {f"{folder}/index{i}/size": f"{text}\n" for i, text in sizes.items()})
+    assert machine.largest_cache_mib(root) == 480
+
+
+def test_a_system_that_does_not_tell_its_caches_has_none(tmp_path: Path) -> None:
+    assert machine.largest_cache_mib(tmp_path) is None
+
+
 def test_an_arm_processor_is_named_by_its_part(tmp_path: Path) -> None:
     found = describe(tree(tmp_path, {"proc/cpuinfo": GRAVITON}))
     assert found.cpu == "ARM implementer 0x41 part 0xd40"

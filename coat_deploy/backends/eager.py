@@ -2,13 +2,16 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from coat_deploy.backends.pixels import accept
-from coat_deploy.errors import RunnerError
+from coat_deploy.errors import BackendMissing, RunnerError
 from coat_deploy.runner import (
     FEATURES,
     INPUT,
@@ -32,11 +35,24 @@ def version() -> str:
     return importlib.metadata.version("torch")
 
 
+def require_compiler() -> None:
+    """Raise BackendMissing unless there is the C++ compiler that `torch.compile` calls."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if sys.platform != "win32" and shutil.which(compiler) is None:
+        raise BackendMissing(
+            f"torch.compile: its C++ compiler is not installed (expected {compiler}). "
+            "Install it, or name another in CXX."
+        )
+
+
 def load(path: Path, options: LoadOptions) -> "EagerRunner":
     """Load the model folder `path`, float32, in evaluation mode.
 
-    Raises: SpecError, WeightsError as the folder's files deserve.
+    Raises: SpecError, WeightsError as the folder's files deserve; BackendMissing where
+    `torch.compile` is asked for and has no compiler.
     """
+    if options.compile:
+        require_compiler()
     import torch
 
     from coat_deploy.model import Model

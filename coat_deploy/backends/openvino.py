@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from coat_deploy.backends.pixels import accept
-from coat_deploy.errors import CorruptArtifact, RunnerError, UsageError, unknown_name
+from coat_deploy.errors import (
+    CorruptArtifact,
+    PrecisionMissing,
+    RunnerError,
+    UsageError,
+    unknown_name,
+)
 from coat_deploy.runner import (
     FEATURES,
     INPUT,
@@ -40,7 +46,7 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
     """Compile an ONNX file for the CPU, to compute in `options.precision`.
 
     Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
-    OpenVINO does not take, or a CPU that would compute in another precision than asked.
+    OpenVINO does not take, PrecisionMissing on a CPU that would compute in another than asked.
     """
     import openvino
 
@@ -61,7 +67,7 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
         raise RunnerError(f"{path}: OpenVINO does not compile it ({_reason(error)}).") from error
     computed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if computed != wanted:
-        raise RunnerError(
+        raise PrecisionMissing(
             f"{path}: this CPU does not compute in {options.precision} "
             f"(OpenVINO would use {computed}). Load it on one with AMX or AVX512-BF16, or use "
             "the fp32 artifact."

@@ -1,5 +1,6 @@
 """`coat-deploy bench`."""
 
+import dataclasses
 import datetime
 import functools
 import shlex
@@ -11,35 +12,59 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coat_deploy.cli import console
+from coat_deploy.cli.bench_report import render
 from coat_deploy.cli.sizes import check_sizes
-from coat_deploy.cli.tables import render_table
 from coat_deploy.errors import CoatDeployError, RunnerError, UsageError, unknown_name
-from coat_deploy.spec import Size, format_size, parse_size
+from coat_deploy.spec import Size, parse_size
 
 if TYPE_CHECKING:
+    from coat_deploy.cli.contenders import LineUp
     from coat_deploy.measure.bench import BenchReport
-    from coat_deploy.measure.latency import Failure, Latency
+    from coat_deploy.measure.latency import Failure
+    from coat_deploy.measure.limits import Limits
     from coat_deploy.measure.throughput import ThroughputReport
     from coat_deploy.model import Model
 
 HOW_LONG, KEEP = "How long", "What to keep"
+TARGETS, BATCHES = "eager,onnxruntime", "1"
 
 
 def bench(
     model: console.ModelArgument,
     targets: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="LIST",
             help="What to compare, separated by commas, each TARGET, TARGET:PRECISION, TARGET:FORM "
-            "or both: eager, eager:compile, onnxruntime, onnxruntime:traced, openvino:bf16.",
+            "or both: eager, eager:compile, onnxruntime, onnxruntime:traced, openvino:bf16. "
+            f"Default: {TARGETS}.",
         ),
-    ] = "eager,onnxruntime",
+    ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            metavar="",
+            help="Compare every way to run the model here: PyTorch, torch.compile, PyTorch's own "
+            "export on each runtime and precision, and ours; with --limits. What this machine "
+            "lacks is left out.",
+        ),
+    ] = False,
+    limits: Annotated[
+        bool,
+        typer.Option(
+            "--limits",
+            metavar="",
+            help="Measure matrix products and memory too, and tell each one's share of the "
+            "least time possible.",
+        ),
+    ] = False,
     batch: Annotated[
         str | None,
         typer.Option(
             metavar="N,N",
-            help="Batch sizes, separated by commas. Default: 1, or 1 to 32 for --throughput.",
+            help=f"Batch sizes, separated by commas. Default: {BATCHES}; with --peers 1,8; with "
+            "--throughput 1 to 32.",
         ),
     ] = None,
     threads: Annotated[
@@ -54,7 +79,11 @@ def bench(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The one that ratios divide by. Default: the first."),
+        typer.Option(
+            metavar="NAME",
+            help="The one that ratios divide by. Default: the first; with --peers "
+            "onnxruntime:traced.",
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -113,19 +142,26 @@ def bench(
     Contenders take turns in one run, so that what slows the machine slows all of them; each has
     a process of its own, and only one works at a time. An artifact that is not there yet is
     exported first, and every proof is replayed. Ratios are of medians: above 1 is faster than the
-    baseline. Exit status 1 when a contender could not be measured.
+    baseline; an authored graph is also held against the traced one of its runtime and precision,
+    if that takes part. Exit status 1 when a contender could not be measured.
     """
+    from coat_deploy.cli import peers as every_peer
     from coat_deploy.cli import throughput as search
     from coat_deploy.cli.contenders import line_up, read_entries
+    from coat_deploy.cli.roofline import limits_if_possible, measure_limits
     from coat_deploy.measure.bench import BenchOptions, BenchReport
     from coat_deploy.measure.bench import bench as run
     from coat_deploy.repository import Repository
 
-    entries = read_entries(targets)
+    if peers and targets is not None:
+        raise UsageError("--peers: names the targets itself. Leave --targets out, or --peers.")
+    named = TARGETS if targets is None else targets
+    entries = every_peer.peer_entries() if peers else read_entries(named)
     names = [entry.text for entry in entries]
     if baseline is not None and baseline not in names:
         raise UsageError(unknown_name("baseline", baseline, names))
-    batches = console.counts(batch or "1", "batch")
+    default = every_peer.BATCHES if peers else BATCHES
+    batches = console.counts(batch or default, "batch")
     counts = console.counts(threads, "threads", 1024) if threads else [None]
     check_files(record, plot)
     shared = search.one_number_of_threads(counts, plot) if throughput else None
@@ -136,10 +172,11 @@ def bench(
     check_sizes([wanted], opened.spec)
     with console.steps(f"measuring {model}") as tell:
         tell("replaying proofs")
-        lineup = line_up(repository, opened, entries, wanted, weights)
+        lineup = line_up(repository, opened, entries, wanted, weights, optional=peers)
         if not lineup.sources:
-            raise RunnerError("; ".join(f"{n}: {why}" for n, why in lineup.failed.items()))
-        against = baseline or names[0]
+            reasons = lineup.failed | lineup.left_out
+            raise RunnerError("; ".join(f"{name}: {why}" for name, why in reasons.items()))
+        against = baseline or (every_peer.BASELINE if peers else names[0])
         options = BenchOptions(
             budget_s=budget,
             stability=stability,
@@ -153,30 +190,51 @@ def bench(
             tell(f"{what} {done:.0%}")
 
         report: BenchReport | ThroughputReport
+        least = None
         if shared:
             few = batches if batch else None
             report = search.run(lineup, entries, shared, few, pixels, options, progress)
         else:
             contenders = list(lineup.contenders(entries, batches, counts))
+            if limits or peers:
+                measure = measure_limits if limits else limits_if_possible
+                least = measure(opened.spec, wanted, contenders, tell)
             report = run(contenders, pixels, options, progress)
+            if least is not None:
+                report = dataclasses.replace(report, results=least.apply(report.results))
     failures = [*lineup.failures(entries, batches, counts), *report.failures]
-    document = report.to_json() | {"model": opened.name}
-    document["failures"] = [failure.to_json() for failure in failures]
-    for result in document["results"]:
-        result["agreement"] = lineup.agreements.get(result["name"])
     if as_json:
-        console.print_json(document)
+        console.print_json(describe(report, lineup, least, failures))
     elif isinstance(report, BenchReport):
-        console.emit(render(opened.name, report))
+        console.emit(render(opened.name, report, lineup.agreements, least))
     else:
         console.emit(search.render(opened.name, report))
     if record:
-        write_record(record, report, opened)
+        write_record(record, report, opened, least)
     if plot and isinstance(report, BenchReport):
         from coat_deploy.measure.plot import plot as draw
 
         draw(report.results, plot, machine=report.machine, title=opened.name)
+    every_peer.tell_left_out(lineup.left_out)
     tell_failures(failures)
+
+
+def describe(
+    report: "BenchReport | ThroughputReport",
+    lineup: "LineUp",
+    limits: "Limits | None",
+    failures: "Sequence[Failure]",
+) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    document = report.to_json() | {
+        "model": lineup.model.name,
+        "limits": limits and limits.to_json(),
+        "left_out": [{"name": n, "reason": why} for n, why in lineup.left_out.items()],
+        "failures": [failure.to_json() for failure in failures],
+    }
+    for result in document["results"]:
+        result["agreement"] = lineup.agreements.get(result["name"])
+    return document
 
 
 def check_files(record: Path | None, plot: Path | None) -> None:
@@ -212,59 +270,12 @@ def probe_pixels(model: "Model", batch: int, size: Size) -> Any:
     return normalise(probe_images(size, batch), how.mean, how.std)
 
 
-def render(model: str, report: "BenchReport") -> str:
-    """Return a table of speed a group of contenders, and one of start and memory."""
-    groups: dict[tuple[int, Size, int | None], list[Latency]] = {}
-    for result in report.results:
-        groups.setdefault((result.batch, result.size, result.threads), []).append(result)
-    parts = [_speed(model, results) for results in groups.values()]
-    parts.append(_start_and_memory(report.results))
-    parts.append(f"{report.machine.summary()}\n")
-    return "\n".join(parts)
-
-
-def _speed(model: str, results: "Sequence[Latency]") -> str:
-    first = results[0]
-    threads = f", {first.threads} thread{'s'[: first.threads != 1]}" if first.threads else ""
-    ended = {
-        "stable": f"stable after {first.rounds} rounds",
-        "budget": f"ended by --budget after {first.rounds} rounds",
-    }
-    title = f"{model}, batch {first.batch}, {format_size(first.size)}{threads}"
-    rows = [
-        (
-            *(r.name, r.p50_ms, r.p90_ms, r.p99_ms, r.images_per_second),
-            f"{r.ratio:.2f}x" if r.ratio else "-",
-            "baseline" if r.name == r.baseline else _interval(r.ratio_interval),
-        )
-        for r in results
-    ]
-    columns = ("", "p50 ms", "p90 ms", "p99 ms", "images/s", "ratio", "95% interval")
-    return render_table(columns, rows, f"{title}: {ended[first.stopped]}")
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return "-" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
-
-
-def _start_and_memory(results: "Sequence[Latency]") -> str:
-    batches = len({result.batch for result in results}) > 1
-    threads = len({result.threads for result in results}) > 1
-    rows = [
-        (
-            *(r.name, *([r.batch] if batches else []), *([r.threads] if threads else [])),
-            *(f"{r.precision} {r.form}", r.peak_memory_mib and round(r.peak_memory_mib)),
-            *(f"{r.load_ms.cold:.0f} / {r.load_ms.warm:.0f}",),
-            f"{r.first_run_ms.cold:.0f} / {r.first_run_ms.warm:.0f}",
-        )
-        for r in results
-    ]
-    columns = ("", *(["batch"] if batches else []), *(["threads"] if threads else []), "what")
-    columns += ("peak MiB", "load ms", "first run ms")
-    return render_table(columns, rows, "Memory, and start: cold / warm")
-
-
-def write_record(path: Path, report: "BenchReport | ThroughputReport", model: "Model") -> None:
+def write_record(
+    path: Path,
+    report: "BenchReport | ThroughputReport",
+    model: "Model",
+    limits: "Limits | None",
+) -> None:
     """Append the results to a file of records."""
     from coat_deploy.digest import sha256_file
     from coat_deploy.measure.latency import append_records, record_lines
@@ -274,7 +285,11 @@ def write_record(path: Path, report: "BenchReport | ThroughputReport", model: "M
         report.machine,
         command=shlex.join([console.NAME, *sys.argv[1:]]),
         date=datetime.datetime.now(datetime.UTC),
-        context={"model": model.name, "weights_sha256": sha256_file(model.weights_path)},
+        context={
+            "model": model.name,
+            "weights_sha256": sha256_file(model.weights_path),
+            "limits": limits and limits.to_json(),
+        },
     )
     append_records(path, lines)
 

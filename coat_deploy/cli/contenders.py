@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coat_deploy.cli import console
-from coat_deploy.errors import CoatDeployError, UsageError, unknown_name
+from coat_deploy.errors import (
+    BackendMissing,
+    CoatDeployError,
+    PrecisionMissing,
+    UsageError,
+    unknown_name,
+)
 from coat_deploy.spec import Size
 
 if TYPE_CHECKING:
@@ -16,6 +22,7 @@ if TYPE_CHECKING:
     from coat_deploy.repository import Repository
 
 COMPILE, EAGER = "compile", "eager"
+AUTHORED, TRACED = "authored", "traced"
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,19 @@ class Entry:
 
         return ArtifactQuery(self.target, self.precision, size, self.form)
 
+    def peer(self, entries: "Sequence[Entry]") -> str | None:
+        """Return the traced one among `entries` that an authored one is held against.
+
+        Of the same target and precision, or where there is none, of the target's first precision.
+        """
+        from coat_deploy.backends.select import PRECISIONS
+
+        if self.form != AUTHORED:
+            return None
+        traced = {(e.target, e.precision): e.text for e in entries if e.form == TRACED}
+        first = traced.get((self.target, PRECISIONS[self.target][0]))
+        return traced.get((self.target, self.precision), first)
+
 
 def read_entries(text: str) -> list[Entry]:
     """Return the entries of `--targets`. Raises UsageError for one that is named twice."""
@@ -73,13 +93,17 @@ def read_entries(text: str) -> list[Entry]:
 
 @dataclass
 class LineUp:
-    """The contenders: what to open for each, how it agreed just now, why one cannot start."""
+    """The contenders: what to open for each, how it agreed just now, why one cannot start.
+
+    `failed` and `left_out` map an entry to the reason: a failure, or nothing to worry about.
+    """
 
     model: "Model"
     size: Size
     sources: "dict[str, Source]" = field(default_factory=dict)
     agreements: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def contenders(
         self,
@@ -109,6 +133,7 @@ class LineUp:
                 file=source.path if source.artifact else source.model.weights_path,
                 sha256=source.sha256,
                 streams=streams,
+                peer=entry.peer(entries),
             )
 
     def failures(
@@ -143,10 +168,13 @@ def line_up(
     entries: Sequence[Entry],
     size: Size,
     weights: str | None,
+    *,
+    optional: bool = False,
 ) -> LineUp:
     """Export what is missing, and replay the proof of every artifact.
 
-    An entry that cannot take part is noted, and the others go on.
+    An entry that cannot take part is noted, and the others go on; with `optional` one whose
+    runtime or precision this machine lacks is left out, and has not failed.
     Raises: UsageError for what no other entry would mend, as weights that are nowhere.
     """
     if weights is not None and model.weights_path.exists():
@@ -162,7 +190,9 @@ def line_up(
         except UsageError:
             raise
         except CoatDeployError as error:
-            lineup.failed[entry.text] = str(error)
+            lacking = isinstance(error, BackendMissing | PrecisionMissing)
+            reasons = lineup.left_out if optional and lacking else lineup.failed
+            reasons[entry.text] = str(error)
     return lineup
 
 
@@ -173,6 +203,10 @@ def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str 
     from coat_deploy.runner import LoadOptions
 
     require(entry.target)
+    if entry.form == COMPILE:
+        from coat_deploy.backends.eager import require_compiler
+
+        require_compiler()
     if entry.target != EAGER:
         _export_missing(lineup, repository, entry, weights)
     source = find_source(lineup.model, entry.query(lineup.size))
@@ -191,6 +225,9 @@ def _export_missing(
     model, size = lineup.model, lineup.size
     if any(entry.query(size).matches(artifact) for artifact in model.artifacts):
         return
+    from coat_deploy.backends.select import require
+
+    require(EAGER)  # an export is held against it
     from coat_deploy.export import ExportOptions, export  # needs what running does not
 
     # A model that was given by its path is found by it again.

@@ -11,6 +11,9 @@ from coat_deploy.graph.author import Floats, Layer
 FORM_NAMES = ("authored", "traced")
 """Written by us, or by PyTorch's exporter."""
 
+TRACED_PRECISIONS = ("fp32", "bf16")
+"""What a runtime can be asked to compute a traced graph in. int8 has to be written into a graph."""
+
 
 @dataclass(frozen=True)
 class GraphForm:

@@ -50,7 +50,8 @@ class Contender:
     `load` is called in the contender's own process, so it must be picklable: a module's function,
     or a `functools.partial` of one. `file` (a file, or a folder) is evicted from the page cache
     before the first load. `threads` None is the runtime's default. `load` returns a runner that
-    takes `streams` calls at once; more than one is for `throughput`.
+    takes `streams` calls at once; more than one is for `throughput`. `peer` names another of the
+    group, if there, that this one's median is held against besides the baseline's.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Contender:
     file: Path | None = None
     sha256: str | None = None
     streams: int = 1
+    peer: str | None = None
 
     @property
     def group(self) -> Group:
@@ -216,7 +218,7 @@ class _Entry(Entrant):
         self.worker.close()
 
     def latency(self, stopped: Stopped) -> Latency:
-        """Return the result, without a ratio yet."""
+        """Return the result, without ratios yet."""
         assert self.opened is not None and self.reopened is not None
         samples = np.concatenate(self.rounds)
         quantiles = percentiles(samples)
@@ -286,8 +288,8 @@ class _Race:
     def _outcomes(
         self, entries: Sequence[_Entry], stopped: Stopped
     ) -> dict[Contender, Latency | Failure]:
-        wanted = self.options.baseline
-        baseline = next((e for e in still_in(entries) if e.contender.name == wanted), None)
+        live = {entry.contender.name: entry for entry in still_in(entries)}
+        baseline = live.get(self.options.baseline or "")
         outcomes: dict[Contender, Latency | Failure] = {}
         for entry in entries:
             if entry.error is not None:
@@ -295,12 +297,21 @@ class _Race:
                 continue
             latency = entry.latency(stopped)
             if baseline is not None:
-                ratio = ratio_of_medians(baseline.rounds, entry.rounds, self.generator)
                 latency = dataclasses.replace(
                     latency,
-                    ratio=ratio.value,
-                    ratio_interval=(ratio.interval.low, ratio.interval.high),
                     baseline=baseline.contender.name,
+                    **self._ratio(baseline, entry, "ratio"),
+                )
+            if (peer := live.get(entry.contender.peer or "")) is not None:
+                latency = dataclasses.replace(
+                    latency,
+                    peer=peer.contender.name,
+                    **self._ratio(peer, entry, "peer_ratio"),
                 )
             outcomes[entry.contender] = latency
         return outcomes
+
+    def _ratio(self, above: _Entry, below: _Entry, name: str) -> dict[str, Any]:
+        """Return the fields of a ratio that is called `name`."""
+        ratio = ratio_of_medians(above.rounds, below.rounds, self.generator)
+        return {name: ratio.value, f"{name}_interval": (ratio.interval.low, ratio.interval.high)}

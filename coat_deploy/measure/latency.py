@@ -195,7 +195,9 @@ class Latency:
     process, `peak_memory_source` says how it was read; `memory_before_load_mib` is what Python
     and numpy took of it. `file_evicted` is False where "cold" had the file in memory all the
     same, None where there was no file. `ratio` is the baseline's p50 over this one's: above 1 is
-    faster; None without a baseline, or where it failed.
+    faster; None without a baseline, or where it failed. `peer_ratio` is the same over the
+    contender's own `peer`. `limit_ms` is the least time this machine could take, `limit_share`
+    what share of p50 that is (`limits.py`); None where it was not measured.
     """
 
     name: str
@@ -223,6 +225,11 @@ class Latency:
     iterations: int
     rounds: int
     stopped: Stopped
+    peer: str | None = None
+    peer_ratio: float | None = None
+    peer_ratio_interval: tuple[float, float] | None = None
+    limit_ms: float | None = None
+    limit_share: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; intervals and size are lists of two."""

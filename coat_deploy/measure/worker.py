@@ -107,6 +107,7 @@ class Worker:
     def __init__(self, name: str, timeout_s: float) -> None:
         context = multiprocessing.get_context("spawn")
         self._timeout_s = timeout_s
+        self._idle = False
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs,), name=name, daemon=True)
         try:
@@ -152,6 +153,8 @@ class Worker:
     def close(self) -> None:
         """End the process, by force if need be. May be called twice."""
         self._connection.close()
+        if self._idle:
+            self._process.join(2)  # it ends by itself, and frees what its runtime holds
         if self._process.is_alive():
             self._process.terminate()
             self._process.join(2)
@@ -160,6 +163,7 @@ class Worker:
             self._process.join(2)
 
     def _ask(self, request: object) -> object:
+        self._idle = False
         try:
             self._connection.send(request)
             ready = wait([self._connection, self._process.sentinel], self._timeout_s)
@@ -171,6 +175,7 @@ class Worker:
             answer = self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise RunnerError(self._death()) from None
+        self._idle = True
         if isinstance(answer, _Failed):
             raise RunnerError(answer.message)
         return answer

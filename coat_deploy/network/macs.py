@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from coat_deploy.network.coat import CoaT
-from coat_deploy.spec import Size
+from coat_deploy.network.coat import CoaT, create_network
+from coat_deploy.spec import ModelSpec, Size
 
 MACS_PER_NORM_ELEMENT = 5
 MACS_PER_RESAMPLED_ELEMENT = 4
@@ -38,6 +38,13 @@ def count_macs(network: CoaT, size: Size) -> int:
     with torch.no_grad(), counter:
         network(torch.empty(1, 3, *size, device="meta"))
     return int(counter.get_total_flops()) // 2
+
+
+def count(spec: ModelSpec, size: Size) -> tuple[int, int]:
+    """Return parameters and MACs of one image of `size`, of the network that `spec` describes."""
+    with torch.device("meta"):
+        network = create_network(spec.architecture, spec.num_classes, **spec.model_args)
+    return count_parameters(network), count_macs(network, size)
 
 
 def _on_meta(network: CoaT) -> CoaT:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coat_deploy.backends import eager
-from coat_deploy.errors import CoatDeployError, RunnerError, SpecError, WeightsError
+from coat_deploy.errors import BackendMissing, CoatDeployError, RunnerError, SpecError, WeightsError
 from coat_deploy.runner import LoadOptions, TensorSpec
 
 TAPS = ("patch_embed2.image", "serial_blocks1.0.cls", "parallel_blocks.0.image3")
@@ -190,6 +190,12 @@ def test_switches_of_the_config_reach_the_network(model, runner, other_model, pi
     x = pixels(2)
     with eager.load(other_model(model_args={"co_scale": "none"}), LoadOptions()) as other:
         assert np.abs(other.run(x)["logits"] - runner.run(x)["logits"]).max() > 0.01
+
+
+def test_a_compiled_network_without_its_compiler_is_a_missing_backend(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendMissing, match="expected no-such-compiler"):
+        eager.load(tmp_path, LoadOptions(compile=True))
 
 
 # Streams

@@ -8,7 +8,12 @@ import pytest
 openvino_package = pytest.importorskip("openvino")
 
 from coat_deploy.backends import eager, openvino  # noqa: E402
-from coat_deploy.errors import CorruptArtifact, RunnerError, UsageError  # noqa: E402
+from coat_deploy.errors import (  # noqa: E402
+    CorruptArtifact,
+    PrecisionMissing,
+    RunnerError,
+    UsageError,
+)
 from coat_deploy.graph.taps import block_taps  # noqa: E402
 from coat_deploy.runner import LoadOptions, TensorSpec  # noqa: E402
 
@@ -162,7 +167,7 @@ def test_bf16_agrees_with_the_network_within_its_precision(
 def test_a_cpu_without_bf16_is_told_so(fixed, computes_bf16) -> None:
     if computes_bf16:
         pytest.skip("this CPU computes in bfloat16")
-    with pytest.raises(RunnerError, match=r"toy\.onnx: this CPU does not compute in bf16"):
+    with pytest.raises(PrecisionMissing, match=r"toy\.onnx: this CPU does not compute in bf16"):
         openvino.load(fixed, BF16)
 
 
@@ -174,7 +179,7 @@ def test_a_precision_that_openvino_replaced_is_refused(fixed, monkeypatch) -> No
         return compile_model(self, model, device, settings | {"INFERENCE_PRECISION_HINT": "f32"})
 
     monkeypatch.setattr(openvino_package.Core, "compile_model", compile_as_float32)
-    with pytest.raises(RunnerError) as caught:
+    with pytest.raises(PrecisionMissing) as caught:
         openvino.load(fixed, BF16)
     assert "does not compute in bf16 (OpenVINO would use f32)" in str(caught.value)
 

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from coat_deploy.cli.app import main
+from coat_deploy.graph import gemm
 from coat_deploy.measure import bench as measure
+from coat_deploy.measure import limits
 from coat_deploy.measure.proof import probe_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,3 +208,11 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         measure.BenchOptions, warmup_iterations=1, warmup_s=0, min_rounds=6, slice_ms=5
     )
     monkeypatch.setattr(measure, "BenchOptions", options)
+
+
+@pytest.fixture
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure what the machine allows by small products and little memory."""
+    monkeypatch.setattr(gemm, "Gemm", functools.partial(gemm.Gemm, side=64, products=1))
+    monkeypatch.setattr(limits, "RATE_S", 0.0)
+    monkeypatch.setattr(limits, "MOST_MIB", 2)

@@ -1,5 +1,6 @@
 """Runners that sleep, fail or die on purpose; imported by name in the worker processes."""
 
+import atexit
 import contextlib
 import functools
 import os
@@ -72,15 +73,21 @@ def load(
     memory_mib: int = 0,
     fail_at: int | None = None,
     die: str = "raise",
+    farewell: Path | None = None,
     **steps: Any,
 ) -> Any:
-    """Return a runner; `fail_at` counts steps, 0 being the load, -1 the second load."""
+    """Return a runner; `fail_at` counts steps, 0 being the load, -1 the second load.
+
+    `farewell` is a file made when the process ends by itself.
+    """
     global loads, ballast
     loads += 1
     if fail_at == 0 or (fail_at == -1 and loads == 2):
         fail(die)
     time.sleep((load_ms if loads == 1 else warm_load_ms) / 1e3)
     ballast = np.ones(memory_mib << 17)  # 8 bytes each
+    if farewell is not None:
+        atexit.register(farewell.touch)
     print("a runtime that talks", flush=True)
     return FakeRunner(name, ms, log, fail_at, die, **steps)
 

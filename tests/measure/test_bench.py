@@ -81,6 +81,34 @@ def test_the_baseline_of_every_batch_has_ratio_one(compared: BenchReport) -> Non
     assert ratios == [(1, 1.0, (1.0, 1.0)), (4, 1.0, (1.0, 1.0))]
 
 
+@pytest.fixture(scope="module")
+def with_peers(fake: ModuleType) -> dict[str, Latency]:
+    """Of 6, 4 and 2 ms; two of them are held against another besides the baseline."""
+    contenders = [
+        contender(fake, "slow", 6),
+        dataclasses.replace(contender(fake, "middle", 4), peer="absent"),
+        dataclasses.replace(contender(fake, "fast", 2), peer="middle"),
+    ]
+    options = dataclasses.replace(QUICK, baseline="slow", slice_ms=12)
+    return by_name(bench(contenders, pixels, options))
+
+
+def test_a_contender_is_held_against_its_own_peer_too(with_peers: dict[str, Latency]) -> None:
+    fast, middle = with_peers["fast"], with_peers["middle"]
+    assert (fast.peer, fast.baseline) == ("middle", "slow")
+    assert fast.peer_ratio == middle.p50_ms / fast.p50_ms
+    assert fast.peer_ratio_interval is not None
+    assert fast.peer_ratio_interval[0] <= fast.peer_ratio <= fast.peer_ratio_interval[1]
+
+
+@pytest.mark.parametrize("name", ["slow", "middle"])
+def test_without_a_peer_or_with_one_that_is_absent_there_is_no_second_ratio(
+    with_peers: dict[str, Latency], name: str
+) -> None:
+    found = with_peers[name]
+    assert (found.peer, found.peer_ratio, found.peer_ratio_interval) == (None, None, None)
+
+
 def test_results_keep_the_order_of_the_contenders(compared: BenchReport) -> None:
     assert [(r.name, r.batch) for r in compared.results] == [("slow", 1), ("fast", 1), ("slow", 4)]
 
@@ -220,6 +248,13 @@ def test_a_bench_in_which_all_fail_raises_and_names_each(fake: ModuleType) -> No
     contenders = [contender(fake, "one", fail_at=0), contender(fake, "two", fail_at=0)]
     with pytest.raises(RunnerError, match=r"every contender failed.*one \(batch 1, 8x12.*two \("):
         bench(contenders, pixels, QUICK)
+
+
+def test_a_worker_that_is_idle_ends_by_itself(fake: ModuleType, tmp_path: Path) -> None:
+    """So that what its runtime holds, as shared semaphores, is freed and not leaked."""
+    farewell = tmp_path / "farewell"
+    bench([contender(fake, "a", farewell=farewell)], pixels, QUICK)
+    assert farewell.exists()
 
 
 def test_a_contender_that_hangs_is_ended(fake: ModuleType) -> None:

@@ -11,8 +11,9 @@ import torch
 from coat_deploy.errors import UsageError
 from coat_deploy.network.blocks import DropPath
 from coat_deploy.network.coat import CoaT, create_network
-from coat_deploy.network.macs import count_macs, count_parameters
+from coat_deploy.network.macs import count, count_macs, count_parameters
 from coat_deploy.network.variants import get_variant
+from coat_deploy.spec import ModelSpec, Preprocess
 
 TOYS = ["coat_toy", "coat_lite_toy"]
 PUBLISHED = {  # input side, parameters (M), GMACs
@@ -74,6 +75,13 @@ def test_a_nano_has_the_parameters_and_macs_of_the_table(name: str) -> None:
     counted = count_parameters(network) / 1e6, count_macs(network, (64, 64)) / 1e9
     assert counted == pytest.approx(get_variant(name).counted, rel=0.002)
     assert counted[0] == pytest.approx(1, rel=0.15)
+
+
+def test_a_spec_is_counted_with_its_classes_and_switches() -> None:
+    how = Preprocess((64, 64))
+    spec = ModelSpec("coat_toy", 7, 0, how, model_args={"crpe": False})
+    network = create_network("coat_toy", 7, crpe=False)
+    assert count(spec, (64, 96)) == (count_parameters(network), count_macs(network, (64, 96)))
 
 
 def test_counting_macs_leaves_the_network_as_it_was() -> None:
