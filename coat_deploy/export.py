@@ -20,7 +20,7 @@ from coat_deploy.candidate import Candidate, MakeBatches, Recipe
 from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.graph.author import DEFAULT_OPSET, check_opset
 from coat_deploy.graph.coat import check_size
-from coat_deploy.graph.form import FORM_NAMES, FORMS
+from coat_deploy.graph.form import FORM_NAMES, FORMS, TRACED_PRECISIONS
 from coat_deploy.measure.bar import Bar, get_bar
 from coat_deploy.measure.validate import Validation
 from coat_deploy.model import WEIGHTS, Model, Staging
@@ -161,6 +161,11 @@ def _recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
     precision = options.precision or known[0]
     if precision not in known:
         raise UsageError(unknown_name(f"precision for {options.target}", precision, known))
+    if options.form == "traced" and precision not in TRACED_PRECISIONS:
+        raise UsageError(
+            f"precision {precision}: written into the graph, which the traced form cannot do "
+            f"(expected one of {', '.join(TRACED_PRECISIONS)}). Leave --form out."
+        )
     check_opset(options.opset)
     nominal = options.size or spec.preprocess.input_size
     check_size(get_variant(spec.architecture), nominal)
