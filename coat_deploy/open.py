@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coat_deploy.artifact import Artifact
-from coat_deploy.backends.select import TARGETS, require
+from coat_deploy.backends.select import PRECISIONS, TARGETS, require
 from coat_deploy.cache import compiled_folder, forget, holds_kept
 from coat_deploy.digest import sha256_file
 from coat_deploy.errors import (
@@ -80,10 +80,14 @@ class Source:
 def find_source(model: Model, query: ArtifactQuery) -> Source:
     """Return what to open for `query`, without opening it.
 
-    Raises: UsageError for an unknown target, RepositoryError for what is not there.
+    Raises: UsageError for an unknown target, or a precision it does not compute in;
+    RepositoryError for what is not there.
     """
     if query.target not in TARGETS:
         raise UsageError(unknown_name("target", query.target, TARGETS))
+    known = PRECISIONS[query.target]
+    if query.precision is not None and query.precision not in known:
+        raise UsageError(unknown_name(f"precision for {query.target}", query.precision, known))
     if query.target != EAGER:
         return Source(model, query.target, model.find(query))
     if not model.weights_path.is_file():

@@ -235,6 +235,13 @@ def test_an_unknown_target_is_told_with_the_nearest(folder):
         opened(folder, ArtifactQuery("openvin"))
 
 
+@pytest.mark.parametrize("query", [EAGER, ORT], ids=lambda query: query.target)
+def test_a_precision_the_target_does_not_compute_in_is_told(folder, query):
+    """Not even by eager, which would compute in another and say nothing."""
+    with pytest.raises(UsageError, match=f"unknown precision for {query.target} 'bf61'"):
+        opened(folder, dataclasses.replace(query, precision="bf61"))
+
+
 def test_a_source_tells_what_it_is(folder):
     source = find_source(Model(folder), ORT)
     assert (source.precision, source.form, source.size) == ("fp32", "authored", (64, 64))
