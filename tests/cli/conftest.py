@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from coat_deploy.backends.select import PRECISIONS
 from coat_deploy.cli.app import main
 from coat_deploy.measure import bench as measure
 from coat_deploy.measure.proof import probe_images
@@ -206,3 +207,17 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         measure.BenchOptions, warmup_iterations=1, warmup_s=0, min_rounds=6, slice_ms=5
     )
     monkeypatch.setattr(measure, "BenchOptions", options)
+
+
+@pytest.fixture
+def two_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let onnxruntime have two precisions, whatever the CPU, and a choice take no time."""
+    from coat_deploy import choose
+
+    def brief(budget_s: float, baseline: str) -> measure.BenchOptions:
+        return measure.BenchOptions(
+            budget_s=0, baseline=baseline, warmup_iterations=1, warmup_s=0, min_rounds=6, slice_ms=5
+        )
+
+    monkeypatch.setitem(PRECISIONS, "onnxruntime", ("fp32", "bf16"))
+    monkeypatch.setattr(choose, "BenchOptions", brief)
