@@ -21,7 +21,8 @@ class Artifact:
     dynamic. `files` maps every file's name, in the model's version folder, to its SHA-256; the
     first is the one a runtime opens. `proof` is the name of its proof, which is one of `files`.
     `weights_sha256` and `spec_digest` bind it to its parents. `agreement` is what the validation
-    at its export measured, or nothing.
+    at its export measured, or nothing. `choice` is why it has this precision, where the machine
+    that exported it chose (`choose.Choice`), or nothing.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Artifact:
     created: str
     tools: Mapping[str, str] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
+    choice: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -54,8 +56,11 @@ class Artifact:
         return self.size is None or self.size == size
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest's entry."""
-        return dataclasses.asdict(self)
+        """Return the manifest's entry; without a `choice`, as versions before it wrote it."""
+        entry = dataclasses.asdict(self)
+        if not self.choice:
+            del entry["choice"]
+        return entry
 
     @classmethod
     def from_json(cls, entry: Any, subject: str) -> "Artifact":
@@ -69,6 +74,7 @@ class Artifact:
                 f"{subject}: an entry is not an artifact of this version (got {entry!r:.100}). "
                 "Remove the file and export again."
             )
+        entry = _DEFAULTS | entry
         for key, holds in _FIELDS.items():
             if key not in entry or not holds(entry[key]):
                 raise RepositoryError(
@@ -124,8 +130,12 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "created": _is_text,
     "tools": lambda value: isinstance(value, dict),
     "agreement": lambda value: isinstance(value, dict),
+    "choice": lambda value: isinstance(value, dict),
 }
 """What every field of an entry must hold."""
+
+_DEFAULTS: dict[str, Any] = {"choice": {}}
+"""Fields that an entry of an earlier version does not have."""
 
 
 def artifact_name(

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coat_deploy.backends.select import TARGETS, backend
+from coat_deploy.cache import default_cache_dir
 from coat_deploy.errors import CoatDeployError
 from coat_deploy.import_apart import import_apart
 from coat_deploy.machine import UNKNOWN, Machine, describe
-from coat_deploy.network.download import default_cache_dir
 from coat_deploy.repository import MODELS_VARIABLE, Repository
 from coat_deploy.version import __version__
 

@@ -6,10 +6,11 @@ Everything is made and tried in a folder aside. What fails, at any step, leaves 
 as it was.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,21 @@ class Exported:
             "weights_sha256": self.artifact.weights_sha256,
             "bytes": self.path.stat().st_size,
             "agreement": dict(self.artifact.agreement),
+            "choice": dict(self.artifact.choice) or None,
         }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder aside with the spec and the weights; `record`: where from, if they are new."""
+
+    staging: Staging
+    spec: ModelSpec
+    record: WeightsRecord | None
+
+    def commit(self, artifact: Artifact, validation: Validation | None) -> Exported:
+        """Move everything into the model's folder, or nothing. Raises RepositoryError."""
+        return Exported(self.staging.commit(artifact, self.record), artifact, validation)
 
 
 def export(
@@ -123,26 +138,53 @@ def export(
     the model folder is then unchanged.
     """
     source = repository.find(name)
-    spec = _spec(source.spec, options)
-    recipe = _recipe(spec, options)
+    spec = written_spec(source.spec, options)
+    recipe = settle_recipe(spec, options)
+    tell = progress or (lambda step: None)
+    with prepare(repository, source, spec, options, tell) as prepared:
+        return prepared.commit(*attempt(prepared, recipe, options, batches, tell))
+
+
+@contextlib.contextmanager
+def prepare(
+    repository: Repository, source: Model, spec: ModelSpec, options: ExportOptions, tell: Progress
+) -> Iterator[Prepared]:
+    """Open a folder aside with `spec` and the weights in it; it is gone afterwards.
+
+    Raises: any CoatDeployError; BackendMissing before any work.
+    """
     require(options.target)
     require("eager")
     home = repository.home(source) if options.rename is None else repository.new(options.rename)
     _ = home.artifacts  # a manifest that cannot be read is told now, not after the work
-    tell = progress or (lambda step: None)
     with home.staging() as staging:
         tell("reading weights")
         record = _stage_weights(staging, source, spec, options)
         staging.write_spec(spec)
-        candidate = Candidate(staging, spec, recipe)
-        tell("writing the graph" if recipe.form == "authored" else "tracing the graph")
-        files = candidate.write_graph()
-        artifact, validation = _try(candidate, files, options, batches, tell)
-        return Exported(staging.commit(artifact, record), artifact, validation)
+        yield Prepared(staging, spec, record)
 
 
-def _spec(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
-    """Return the spec to write: the model's, with the classifier that the options ask for."""
+def attempt(
+    prepared: Prepared,
+    recipe: Recipe,
+    options: ExportOptions,
+    batches: MakeBatches | None,
+    tell: Progress,
+) -> tuple[Artifact, Validation | None]:
+    """Make a candidate and hold it against eager; return the artifact as it may be committed.
+
+    Raises: BelowBar, or any other CoatDeployError; what was made of it stays aside.
+    """
+    candidate = Candidate(prepared.staging, prepared.spec, recipe)
+    tell("writing the graph" if recipe.form == "authored" else "tracing the graph")
+    return _try(candidate, candidate.write_graph(), options, batches, tell)
+
+
+def written_spec(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
+    """Return the spec to write: the model's, with the classifier that the options ask for.
+
+    Raises: UsageError for labels of another number than classes.
+    """
     count, labels = options.num_classes, options.labels
     if labels and count not in (None, len(labels)):
         raise UsageError(f"labels: {len(labels)} names for {count} classes. Give one name a class.")
@@ -151,13 +193,11 @@ def _spec(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
     return spec if count is None else spec.with_classes(count)
 
 
-def _recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
+def settle_recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
     """Return what to make. Raises UsageError, GraphError for what cannot be, before any work."""
-    if options.target not in FORMS:
-        raise UsageError(unknown_name("target to export to", options.target, FORMS))
+    known = precisions(options.target)
     if options.form not in FORM_NAMES:
         raise UsageError(unknown_name("form", options.form, FORM_NAMES))
-    known = PRECISIONS[options.target]
     precision = options.precision or known[0]
     if precision not in known:
         raise UsageError(unknown_name(f"precision for {options.target}", precision, known))
@@ -178,6 +218,13 @@ def _recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
         features=options.features,
         opset=options.opset,
     )
+
+
+def precisions(target: str) -> tuple[str, ...]:
+    """Return what can be exported for `target`, the most exact first. Raises UsageError."""
+    if target not in FORMS:
+        raise UsageError(unknown_name("target to export to", target, FORMS))
+    return PRECISIONS[target]
 
 
 def _stage_weights(
@@ -213,10 +260,6 @@ def _try(
     batches: MakeBatches | None,
     tell: Progress,
 ) -> tuple[Artifact, Validation | None]:
-    """Hold a candidate against eager; return the artifact as it may be committed.
-
-    Raises: BelowBar.
-    """
     file, sha256 = next(iter(files.items()))
     bar = options.bar or get_bar(candidate.recipe.precision)
     validation = None

@@ -234,6 +234,12 @@ class Staging:
         self._names.append(name)
         return self.folder / name
 
+    def withdraw(self, name: str) -> None:
+        """Take a file that was written aside out again: it will not be moved in."""
+        self._names[:] = [other for other in self._names if other != name]
+        with writing(self.folder):
+            (self.folder / name).unlink(missing_ok=True)
+
     def write_spec(self, spec: ModelSpec) -> None:
         """Write the config.json aside; one that says the same already will stay in its place."""
         self.write(CONFIG, json_bytes(spec.to_json()))

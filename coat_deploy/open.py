@@ -9,9 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coat_deploy.artifact import Artifact
-from coat_deploy.backends.select import TARGETS, require
+from coat_deploy.backends.select import PRECISIONS, TARGETS, require
+from coat_deploy.cache import compiled_folder, forget, holds_kept
 from coat_deploy.digest import sha256_file
-from coat_deploy.errors import CorruptArtifact, RepositoryError, UsageError, unknown_name
+from coat_deploy.errors import (
+    BelowBar,
+    CorruptArtifact,
+    RepositoryError,
+    RunnerError,
+    UsageError,
+    unknown_name,
+)
 from coat_deploy.measure.agreement import Agreement
 from coat_deploy.measure.proof import MAX_BYTES, Proof, replay
 from coat_deploy.model import WEIGHTS, ArtifactQuery, Model
@@ -62,17 +70,24 @@ class Source:
         return replace(options, precision=self.precision)
 
     def loader(self, options: LoadOptions) -> Callable[[], Runner]:
-        """Return a picklable function that loads it, without any check, in any process."""
+        """Return a picklable function that loads it, without any check, in any process.
+
+        What a runtime compiles is not kept, unless `options` say where: every load is a whole one.
+        """
         return functools.partial(load_unchecked, self.target, self.path, self.options(options))
 
 
 def find_source(model: Model, query: ArtifactQuery) -> Source:
     """Return what to open for `query`, without opening it.
 
-    Raises: UsageError for an unknown target, RepositoryError for what is not there.
+    Raises: UsageError for an unknown target, or a precision it does not compute in;
+    RepositoryError for what is not there.
     """
     if query.target not in TARGETS:
         raise UsageError(unknown_name("target", query.target, TARGETS))
+    known = PRECISIONS[query.target]
+    if query.precision is not None and query.precision not in known:
+        raise UsageError(unknown_name(f"precision for {query.target}", query.precision, known))
     if query.target != EAGER:
         return Source(model, query.target, model.find(query))
     if not model.weights_path.is_file():
@@ -93,16 +108,32 @@ def load_unchecked(target: str, path: Path, options: LoadOptions) -> Runner:
 def open_source(source: Source, options: LoadOptions) -> Runner:
     """Load a source for work: parents and bytes as exported, and the proof replayed.
 
+    What its runtime compiles is kept in the user's cache folder for the next time, and is trusted
+    no more than the file: the proof is replayed on it, too.
     Raises: StaleArtifact, CorruptArtifact, BelowBar; the eager network has nothing to check.
     """
     if source.artifact is None:
         return source.loader(options)()
     source.model.check_parents(source.artifact)
     source.model.check_files(source.artifact)
+    kept = options.cache or compiled_folder(source.target, source.artifact.files)
+    known = kept is not None and holds_kept(kept)
+    options = replace(options, cache=kept)
+    try:
+        return _open_proven(source, source.artifact, options)
+    except (BelowBar, RunnerError) as error:
+        if kept is None or not known:
+            raise
+        _log.info("%s; once more, without what was kept in %s", error, kept)
+        forget(kept)
+        return _open_proven(source, source.artifact, options)
+
+
+def _open_proven(source: Source, artifact: Artifact, options: LoadOptions) -> Runner:
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(source.loader(options)())
-        agreement = selftest(source.model, source.artifact, runner)
-        _log.info("%s: reproduces its proof (%s)", source.artifact.name, agreement.summary())
+        agreement = selftest(source.model, artifact, runner)
+        _log.info("%s: reproduces its proof (%s)", artifact.name, agreement.summary())
         stack.pop_all()  # it is the caller's now
     return runner
 

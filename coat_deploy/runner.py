@@ -42,6 +42,8 @@ class LoadOptions:
     `compile`: eager only, `torch.compile`.
     `features`: eager only, the maps x1..x4 instead of logits.
     `taps`: names of inner tensors to return besides the outputs, for block by block comparison.
+    `cache`: a folder of this file's content alone, where a runtime that compiles may keep what it
+    compiled and find it again; None compiles anew and keeps nothing.
     """
 
     threads: int | None = None
@@ -49,6 +51,7 @@ class LoadOptions:
     compile: bool = False
     features: bool = False
     taps: tuple[str, ...] = ()
+    cache: Path | None = None
     streams: int = 1
 
     def __post_init__(self) -> None:

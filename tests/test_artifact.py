@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -32,6 +33,22 @@ def entry(**changes):
 def test_an_artifact_survives_its_entry():
     written = json.loads(json.dumps(ARTIFACT.to_json()))
     assert Artifact.from_json(written, "manifest.json") == ARTIFACT
+
+
+def test_a_choice_survives_its_entry():
+    chosen = dataclasses.replace(ARTIFACT, choice={"precision": "fp32", "considered": []})
+    written = json.loads(json.dumps(chosen.to_json()))
+    assert Artifact.from_json(written, "manifest.json") == chosen
+
+
+def test_without_a_choice_an_entry_is_as_earlier_versions_wrote_it():
+    assert "choice" not in ARTIFACT.to_json()
+    assert Artifact.from_json(entry(), "manifest.json").choice == {}
+
+
+def test_a_choice_that_is_none_is_refused():
+    with pytest.raises(RepositoryError, match="'choice' is damaged"):
+        Artifact.from_json(entry(choice=[1]), "manifest.json")
 
 
 def test_a_dynamic_artifact_survives_its_entry():

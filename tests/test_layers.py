@@ -12,13 +12,14 @@ PACKAGE = ROOT / "coat_deploy"
 RANKS = {
     "version": 0, "errors": 0, "digest": 0,
     "spec": 1, "runner": 1, "machine": 1, "artifact": 1, "labels": 1,
-    "json_files": 1, "transaction": 1, "import_apart": 1,
+    "json_files": 1, "transaction": 1, "import_apart": 1, "cache": 1,
     "images": 2, "image_files": 2, "model": 2, "repository": 2, "network": 2, "data": 2,
     "graph": 3,
     "backends": 4,
     "measure": 5,
     "train": 6,
-    "diagnosis": 7, "open": 7, "candidate": 7, "export": 7, "evaluate": 7, "study": 7,
+    "diagnosis": 7, "open": 7, "candidate": 7, "export": 7, "choose": 7, "evaluate": 7,
+    "study": 7,
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip

@@ -117,6 +117,18 @@ def test_a_config_that_says_something_else_is_rewritten(folder):
     assert put(folder, make(), spec=spec).spec == spec
 
 
+def test_a_file_that_was_withdrawn_is_not_moved_in(folder):
+    artifact, files = make()
+    with Model(folder).staging() as staging:
+        staging.write_spec(SPEC)
+        for file, data in {**files, "other.onnx": b"other"}.items():
+            staging.write(f"1/{file}", data)
+        staging.withdraw("1/other.onnx")
+        model = staging.commit(artifact, RECORD)
+    assert {path.name for path in (folder / "1").iterdir()} == set(files)
+    assert model.artifacts == (artifact,)
+
+
 def test_weights_none_keeps_the_record_there_is(folder):
     put(folder, make())
     with Model(folder).staging() as staging:

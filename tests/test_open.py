@@ -10,6 +10,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from coat_deploy import open as open_module  # noqa: E402
+from coat_deploy.backends.select import backend  # noqa: E402
+from coat_deploy.cache import compiled_folder  # noqa: E402
 from coat_deploy.digest import sha256_bytes  # noqa: E402
 from coat_deploy.errors import (  # noqa: E402
     BelowBar,
@@ -233,6 +235,13 @@ def test_an_unknown_target_is_told_with_the_nearest(folder):
         opened(folder, ArtifactQuery("openvin"))
 
 
+@pytest.mark.parametrize("query", [EAGER, ORT], ids=lambda query: query.target)
+def test_a_precision_the_target_does_not_compute_in_is_told(folder, query):
+    """Not even by eager, which would compute in another and say nothing."""
+    with pytest.raises(UsageError, match=f"unknown precision for {query.target} 'bf61'"):
+        opened(folder, dataclasses.replace(query, precision="bf61"))
+
+
 def test_a_source_tells_what_it_is(folder):
     source = find_source(Model(folder), ORT)
     assert (source.precision, source.form, source.size) == ("fp32", "authored", (64, 64))
@@ -243,3 +252,59 @@ def test_an_eager_source_is_the_folder_and_its_weights(folder):
     source = find_source(Model(folder), EAGER)
     assert (source.path, source.form) == (folder, "network")
     assert source.sha256 == sha256_bytes((folder / "model.safetensors").read_bytes())
+
+
+# What a runtime compiled is kept, and never trusted.
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """A model for OpenVINO, and the folder for what is compiled of it."""
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("COAT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "config.json").write_text(json.dumps(SPEC.to_json()))
+    options = ExportOptions(target="openvino", weights="random:0", threads=1)
+    exported = export(Repository.open(tmp_path / "models"), "mine", options)
+    return exported.model.folder, compiled_folder("openvino", exported.artifact.files)
+
+
+OPENVINO = ArtifactQuery("openvino")
+
+
+def test_an_export_keeps_nothing_compiled(compiled):
+    _, kept = compiled
+    assert not kept.exists()
+
+
+def test_what_was_compiled_is_kept_for_the_next_opening(compiled, monkeypatch):
+    folder, kept = compiled
+    opened(folder, OPENVINO).close()
+    assert len(list(kept.iterdir())) == 1
+    monkeypatch.setattr(backend("openvino"), "_read", None)  # calling it would fail
+    with opened(folder, OPENVINO) as runner:
+        assert runner.run(np.zeros((2, 3, 64, 64), np.float32))["logits"].shape == (2, 10)
+
+
+def test_a_loader_compiles_anew(compiled):
+    folder, kept = compiled
+    find_source(Model(folder), OPENVINO).loader(ONE_THREAD)().close()
+    assert not kept.exists()
+
+
+def test_something_else_that_was_kept_is_forgotten(compiled, tmp_path):
+    """Only the proof can tell: the file is whole, of this runtime, and of this CPU."""
+    folder, kept = compiled
+    graph = onnx.load(folder / "1" / "openvino-fp32.onnx")
+    head = next(tensor for tensor in graph.graph.initializer if tensor.name == "head.weight")
+    values = onnx.numpy_helper.to_array(head) + 1
+    head.CopyFrom(onnx.numpy_helper.from_array(values[:, ::-1].copy(), head.name))
+    onnx.save(graph, tmp_path / "other.onnx")
+    options = dataclasses.replace(ONE_THREAD, cache=kept)
+    backend("openvino").load(tmp_path / "other.onnx", options).close()
+    (wrong,) = kept.iterdir()
+    before = wrong.read_bytes()
+    opened(folder, OPENVINO).close()
+    assert [path.name for path in kept.iterdir()] == [wrong.name]
+    assert wrong.read_bytes() != before
+    opened(folder, OPENVINO).close()

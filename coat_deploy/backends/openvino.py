@@ -1,7 +1,14 @@
-"""OpenVINO on the CPU, in float32 or bfloat16."""
+"""OpenVINO on the CPU, in float32 or bfloat16.
+
+What it compiled may be kept (`LoadOptions.cache`) and is then loaded without reading the ONNX
+file. We export and import the compiled model ourselves: OpenVINO's own cache (`CACHE_DIR`) reads
+the file first, takes float32 and bfloat16 for one model and does not notice flipped bits.
+"""
 
 import importlib.metadata
 import importlib.util
+import json
+import logging
 import queue
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from coat_deploy.backends.pixels import accept
+from coat_deploy.cache import SUFFIX, keep, read_kept
+from coat_deploy.digest import sha256_bytes
 from coat_deploy.errors import (
     CorruptArtifact,
     PrecisionMissing,
@@ -28,6 +37,8 @@ from coat_deploy.runner import (
     TensorSpec,
 )
 
+_log = logging.getLogger(__name__)
+
 _TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -45,6 +56,8 @@ def version() -> str:
 def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
     """Compile an ONNX file for the CPU, to compute in `options.precision`.
 
+    With `options.cache` what was compiled before is taken, which the caller knows to be of this
+    file. Taps are always compiled anew.
     Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
     OpenVINO does not take, PrecisionMissing on a CPU that would compute in another than asked.
     """
@@ -52,19 +65,14 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
 
     if options.precision not in _TYPES:
         raise UsageError(unknown_name("OpenVINO precision", options.precision, _TYPES))
-    model = _read(path)
-    try:
-        model.add_outputs(list(options.taps))
-    except RuntimeError as error:
-        raise RunnerError(f"{path}: {_reason(error)}") from error
-    # Named now: compiling joins equal tensors, and an output then bears their names too.
-    names = tuple(_name(port, options.taps) for port in model.outputs)
     wanted = _TYPES[options.precision]
     settings = {"INFERENCE_PRECISION_HINT": wanted, **_threading(options)}
-    try:
-        compiled = openvino.Core().compile_model(model, "CPU", settings)
-    except RuntimeError as error:
-        raise RunnerError(f"{path}: OpenVINO does not compile it ({_reason(error)}).") from error
+    core = openvino.Core()
+    kept = None
+    if options.cache and not options.taps:
+        kept = options.cache / _kept_name(core, settings)
+    found = _import(core, kept, settings) if kept else None
+    compiled, names = found or _compile(core, path, options.taps, settings)
     computed = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if computed != wanted:
         raise PrecisionMissing(
@@ -72,6 +80,8 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
             f"(OpenVINO would use {computed}). Load it on one with AMX or AVX512-BF16, or use "
             "the fp32 artifact."
         )
+    if kept and not found:
+        _export(compiled, names, kept)
     return OpenVinoRunner(compiled, names, options.streams)
 
 
@@ -84,6 +94,58 @@ def _threading(options: LoadOptions) -> dict[str, Any]:
     if options.total_threads:
         settings["INFERENCE_NUM_THREADS"] = options.total_threads
     return settings
+
+
+def _compile(
+    core: Any, path: Path, taps: tuple[str, ...], settings: dict[str, Any]
+) -> tuple[Any, tuple[str, ...]]:
+    """Return the compiled model of an ONNX file and the names of its outputs."""
+    model = _read(path)
+    try:
+        model.add_outputs(list(taps))
+    except RuntimeError as error:
+        raise RunnerError(f"{path}: {_reason(error)}") from error
+    # Named now: compiling joins equal tensors, and an output then bears their names too.
+    names = tuple(_name(port, taps) for port in model.outputs)
+    try:
+        return core.compile_model(model, "CPU", settings), names
+    except RuntimeError as error:
+        raise RunnerError(f"{path}: OpenVINO does not compile it ({_reason(error)}).") from error
+
+
+def _kept_name(core: Any, settings: dict[str, Any]) -> str:
+    """Return a name of all that a compiled model depends on besides its file."""
+    import openvino
+
+    cpu = [
+        core.get_property("CPU", name)
+        for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES", "RANGE_FOR_STREAMS")
+    ]
+    key = json.dumps([openvino.get_version(), cpu, settings], sort_keys=True)
+    return f"{sha256_bytes(key.encode())}{SUFFIX}"
+
+
+def _import(core: Any, kept: Path, settings: dict[str, Any]) -> tuple[Any, tuple[str, ...]] | None:
+    """Return the compiled model in `kept` and the names of its outputs, None without one."""
+    content = read_kept(kept)
+    if content is None:
+        return None
+    head, _, content = content.partition(b"\n")
+    try:
+        return core.import_model(content, "CPU", settings), tuple(json.loads(head))
+    except (RuntimeError, ValueError) as error:
+        _log.info("%s: OpenVINO does not take it (%s); compiling anew", kept, _reason(error))
+        return None
+
+
+def _export(compiled: Any, names: tuple[str, ...], kept: Path) -> None:
+    """Keep a compiled model, where OpenVINO can hand it out."""
+    try:
+        content = compiled.export_model().getbuffer()
+    except RuntimeError as error:
+        _log.info("%s: OpenVINO does not hand it out (%s)", kept, _reason(error))
+        return
+    keep(kept, json.dumps(names).encode(), b"\n", content)
 
 
 def _read(path: Path) -> Any:

@@ -205,8 +205,12 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
     """Print a table on stdout; on a terminal a long last column is folded."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    emit(render_table(columns, rows, title, width))
+    emit(render_table(columns, rows, title, terminal_width()))
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that stdout is, or None."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def styled(text: str, colour: str) -> str:

@@ -10,7 +10,7 @@ from coat_deploy.cli.data_options import DATA, ImageColumnOption, LabelColumnOpt
 from coat_deploy.cli.predict import default_target
 from coat_deploy.cli.quality_report import render_quality
 from coat_deploy.cli.sizes import check_sizes
-from coat_deploy.errors import ImageError, UsageError, unknown_name
+from coat_deploy.errors import ImageError, UsageError
 from coat_deploy.spec import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -159,14 +159,10 @@ def choose_source(
     model: "Model", target: str | None, precision: str | None, size: "Size | None"
 ) -> "Source":
     """Return what to evaluate. Raises UsageError, RepositoryError with the export it needs."""
-    from coat_deploy.backends.select import PRECISIONS
     from coat_deploy.model import ArtifactQuery
     from coat_deploy.open import find_source
 
     target = target or choose_target(model, precision)
-    known = PRECISIONS.get(target, ())  # of no target, the target is what is wrong
-    if known and precision not in (None, *known):
-        raise UsageError(unknown_name(f"precision for {target}", str(precision), known))
     return find_source(model, ArtifactQuery(target, precision, size))
 
 

@@ -12,9 +12,12 @@ from coat_deploy.cli.tables import format_share, render_facts
 from coat_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from coat_deploy.export import Exported
     from coat_deploy.measure.bar import Bar
 
+AUTO = "auto"
 GRAPH, CHECKS, CLASSES = "The graph", "Its validation", "Another classifier than the config's"
 
 
@@ -25,7 +28,11 @@ def export(
     ] = "onnxruntime",
     precision: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="fp32; for openvino also bf16. Default: fp32."),
+        typer.Option(
+            metavar="NAME",
+            help="fp32; for openvino also bf16; auto: what runs best here of those that agree, "
+            "by measuring. Default: fp32.",
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -132,8 +139,11 @@ def export(
 
     Writes MODELS/MODEL/1/TARGET-PRECISION.onnx, its proof, the weights and a manifest that says
     where everything came from. The artifact is held against PyTorch first: one that does not
-    agree is not written, what was there stays, and the exit status is 3.
+    agree is not written, what was there stays, and the exit status is 3. With --precision auto
+    every precision is tried, and the most exact one kept unless another is clearly faster.
     """
+    from coat_deploy.choose import ChooseOptions, choose
+    from coat_deploy.cli.choice_report import render_choice
     from coat_deploy.cli.inputs import load_batches
     from coat_deploy.export import ExportOptions
     from coat_deploy.export import export as run
@@ -145,6 +155,7 @@ def export(
     check_sizes([fixed] if fixed else [], repository.find(model).spec)
     if rename == "":
         raise UsageError("--as: an empty name (got ''). Give one, or leave it out.")
+    limits = read_limits(max_abs_difference, min_top1_agreement)
     with console.steps(f"exporting {model}") as tell:
         options = ExportOptions(
             target=target,
@@ -159,7 +170,7 @@ def export(
             num_classes=num_classes,
             labels=read_lines(labels) if labels else (),
             validate=not no_validate,
-            bar=read_bar(precision, max_abs_difference, min_top1_agreement),
+            bar=None if precision == AUTO else read_bar(precision, limits),
             threads=threads,
             loading=WeightsOptions(
                 replace_head=replace_head,
@@ -168,7 +179,11 @@ def export(
             ),
         )
         batches = load_batches(images) if images else None
-        exported = run(repository, model, options, batches, tell)
+        if precision == AUTO:
+            choosing = ChooseOptions(limits=limits)
+            exported = choose(repository, model, options, choosing, batches, tell)
+        else:
+            exported = run(repository, model, options, batches, tell)
     if exported.stale:
         console.note(
             f"warning: the weights or the config of {exported.model.name} changed; "
@@ -177,21 +192,32 @@ def export(
     if as_json:
         console.print_json(exported.to_json())
     else:
-        console.emit(render(exported))
+        choice = exported.artifact.choice
+        compared = f"\n{render_choice(choice, console.terminal_width())}" if choice else ""
+        console.emit(render(exported) + compared)
         folder = str(exported.model.folder)
         next_step = ["coat-deploy", "validate", folder if "/" in folder else f"./{folder}"]
         flags = [] if target == "onnxruntime" else ["--target", target]
+        flags += ["--precision", exported.artifact.precision] if choice else []
         console.hint(f"Next: {shlex.join([*next_step, *flags])} --images FOLDER")
 
 
-def read_bar(
-    precision: str | None, max_abs_difference: float | None, min_top1_agreement: float | None
-) -> "Bar | None":
-    """Return the precision's bar with the limits given, None without any."""
-    from coat_deploy.measure.bar import BARS
+def read_limits(
+    max_abs_difference: float | None, min_top1_agreement: float | None
+) -> dict[str, float]:
+    """Return the limits of a bar that were given. Raises UsageError for one that cannot be."""
+    from coat_deploy.measure.bar import Bar
 
     given = {"max_abs_difference": max_abs_difference, "min_top1_agreement": min_top1_agreement}
     limits = {name: value for name, value in given.items() if value is not None}
+    Bar().override(**limits)
+    return limits
+
+
+def read_bar(precision: str | None, limits: "Mapping[str, float]") -> "Bar | None":
+    """Return the precision's bar with `limits` in place of its own, None without any."""
+    from coat_deploy.measure.bar import BARS
+
     # A precision that cannot be is told by the export, which knows the target's.
     return BARS.get(precision or "fp32", BARS["fp32"]).override(**limits) if limits else None
 

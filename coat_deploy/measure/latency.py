@@ -180,7 +180,10 @@ class _Pool:
 
 @dataclass(frozen=True)
 class ColdWarm:
-    """Milliseconds in a fresh process with the file evicted, and of a second load there."""
+    """Milliseconds in a fresh process with the file evicted, and of a second load there.
+
+    Either is a whole load: no contender finds what its runtime compiled before.
+    """
 
     cold: float
     warm: float

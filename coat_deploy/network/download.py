@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from coat_deploy.cache import default_cache_dir
 from coat_deploy.digest import sha256_file
 from coat_deploy.errors import DownloadError, UsageError
 from coat_deploy.network.variants import OFFICIAL_URL, Published
@@ -35,14 +36,6 @@ MAX_CONNECTIONS = 5
 """How often one call resumes a transfer that drops, before it leaves the rest to the next."""
 
 CHUNK_BYTES = 1 << 18
-
-
-def default_cache_dir() -> Path:
-    """Return `$COAT_CACHE`, or `coat-deploy` in the user's cache folder (XDG)."""
-    if chosen := os.environ.get("COAT_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "coat-deploy"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 openvino_package = pytest.importorskip("openvino")
 
 from coat_deploy.backends import eager, openvino  # noqa: E402
+from coat_deploy.cache import keep  # noqa: E402
 from coat_deploy.errors import (  # noqa: E402
     CorruptArtifact,
     PrecisionMissing,
@@ -319,3 +320,108 @@ def test_a_request_that_was_refused_is_used_again(fixed, pixels, monkeypatch) ->
                 with pytest.raises(RunnerError, match=r"openvino: .*input \(2, 3, 32, 64\)"):
                     streams.run(pixels(2, (32, 64)))
         assert streams.run(pixels(2))["logits"].shape == (2, 10)
+
+
+# What was compiled is kept.
+
+
+@pytest.fixture
+def never_read(monkeypatch):
+    """Return a function after which no ONNX file can be read."""
+
+    def read(path):
+        raise AssertionError(f"{path} was read")
+
+    return lambda: monkeypatch.setattr(openvino, "_read", read)
+
+
+def cached(folder: Path, **changes) -> LoadOptions:
+    return LoadOptions(threads=1, cache=folder / "cache" / "one", **changes)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_a_second_load_computes_the_same_without_reading_the_graph(
+    model, pixels, tmp_path, never_read, features
+) -> None:
+    path, x = model.write_graph(tmp_path, features=features, target="openvino"), pixels(3)
+    with openvino.load(path, cached(tmp_path)) as runner:
+        first, outputs = runner.run(x), runner.outputs
+    never_read()
+    with openvino.load(path, cached(tmp_path)) as runner:
+        assert runner.outputs == outputs
+        second = runner.run(x)
+    assert list(second) == list(first)
+    assert all(np.array_equal(second[name], first[name]) for name in first)
+
+
+def test_a_second_load_of_a_dynamic_graph_takes_any_size(
+    model, dynamic, pixels, distance, tmp_path, never_read
+) -> None:
+    openvino.load(dynamic, cached(tmp_path)).close()
+    never_read()
+    with openvino.load(dynamic, cached(tmp_path)) as runner:
+        for x in (pixels(1), pixels(2, (75, 50))):
+            assert distance(runner.run(x)["logits"], model.expected(x)["logits"]) < 1e-5
+
+
+def test_precisions_are_kept_apart(fixed, pixels, tmp_path, computes_bf16) -> None:
+    if not computes_bf16:
+        pytest.skip("needs a CPU with AMX-BF16 or AVX512-BF16")
+    x, found = pixels(2), []
+    for precision in ("fp32", "bf16") * 2:
+        with openvino.load(fixed, cached(tmp_path, precision=precision)) as runner:
+            found.append(runner.run(x)["logits"])
+    assert len(list((tmp_path / "cache" / "one").iterdir())) == 2
+    assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_taps_are_compiled_anew_and_not_kept(fixed, pixels, tmp_path) -> None:
+    openvino.load(fixed, cached(tmp_path)).close()
+    (kept,) = (tmp_path / "cache" / "one").iterdir()
+    taps = ("serial_blocks1.0.image",)
+    with openvino.load(fixed, cached(tmp_path, taps=taps)) as runner:
+        assert list(runner.run(pixels(1))) == ["logits", *taps]
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_without_a_cache_nothing_is_kept(fixed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(openvino, "keep", None)  # calling it would fail
+    openvino.load(fixed, OPTIONS).close()
+
+
+@pytest.mark.parametrize("kind", ["another's", "cut", "flipped", "not names"])
+def test_what_is_kept_but_no_use_is_compiled_anew(
+    fixed, runner, pixels, tmp_path, never_read, kind
+) -> None:
+    openvino.load(fixed, cached(tmp_path)).close()
+    (kept,) = (tmp_path / "cache" / "one").iterdir()
+    whole = kept.read_bytes()
+    if kind == "another's":
+        keep(kept, b'["logits"]\n', b"compiled by nobody we know" * 99)
+    elif kind == "not names":
+        keep(kept, b"logits\n", whole[32:].partition(b"\n")[2])
+    else:
+        flipped = whole[:-1000] + bytes(b ^ 1 for b in whole[-1000:])
+        kept.write_bytes(flipped if kind == "flipped" else whole[:-1000])
+    x = pixels(2)
+    for _ in range(2):
+        with openvino.load(fixed, cached(tmp_path)) as again:
+            assert np.array_equal(again.run(x)["logits"], runner.run(x)["logits"])
+        never_read()  # what is kept is of use now
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(fixed, pixels, tmp_path) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    for _ in range(2):
+        with openvino.load(fixed, cached(tmp_path)) as runner:
+            assert runner.run(pixels(1))["logits"].shape == (1, 10)
+
+
+def test_a_runtime_that_hands_nothing_out_is_used_all_the_same(fixed, tmp_path) -> None:
+    class Closed:
+        def export_model(self) -> None:
+            raise RuntimeError("not implemented")
+
+    openvino._export(Closed(), ("logits",), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from coat_deploy.backends.select import PRECISIONS
 from coat_deploy.cli.app import main
 from coat_deploy.graph import gemm
 from coat_deploy.measure import bench as measure
@@ -216,3 +217,17 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "Gemm", functools.partial(gemm.Gemm, side=64, products=1))
     monkeypatch.setattr(limits, "RATE_S", 0.0)
     monkeypatch.setattr(limits, "MOST_MIB", 2)
+
+
+@pytest.fixture
+def two_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let onnxruntime have two precisions, whatever the CPU, and a choice take no time."""
+    from coat_deploy import choose
+
+    def brief(budget_s: float, baseline: str) -> measure.BenchOptions:
+        return measure.BenchOptions(
+            budget_s=0, baseline=baseline, warmup_iterations=1, warmup_s=0, min_rounds=6, slice_ms=5
+        )
+
+    monkeypatch.setitem(PRECISIONS, "onnxruntime", ("fp32", "bf16"))
+    monkeypatch.setattr(choose, "BenchOptions", brief)

@@ -87,3 +87,67 @@ def test_weights_given_anew_are_told_with_what_is_stale(cli, models):
     assert ran.status == 0
     assert "to be exported again: openvino-fp32" in ran.err
     assert "random:3" in ran.out
+
+
+AUTO = ("--precision", "auto", "--threads", "1")
+
+
+@pytest.mark.usefixtures("two_precisions")
+def test_a_precision_chosen_by_measuring_is_told_with_all_that_were_compared(cli, models):
+    ran = cli("export", "coat_lite_toy", "--models", models, *AUTO)
+    assert (ran.status, ran.err) == (0, "")
+    _, _, table, reasons = ran.out.split("\n\n")
+    title, head, *rows = table.splitlines()
+    assert title == "Measured at batch 1, 64x64, 1 thread:"
+    assert head.split("  ")[0] == "precision"
+    assert [row.split()[0] for row in rows] == ["fp32", "bf16"]
+    assert sum(row.endswith("  chosen") for row in rows) == 1
+    assert [line.split()[0] for line in reasons.splitlines()] == ["fp32:", "bf16:"]
+
+
+@pytest.mark.usefixtures("two_precisions")
+def test_limits_of_the_bar_hold_for_every_precision(cli, models):
+    words = ("--max-abs-difference", "1e-12", "--json")
+    ran = cli("export", "coat_lite_toy", "--models", models, *AUTO, *words)
+    assert (ran.status, ran.out) == (3, "")
+    assert "fp32: " in ran.err and "bf16: " in ran.err and ran.err.count("\n") == 1
+
+
+def test_one_precision_alone_is_told_without_a_measurement(cli, models, monkeypatch):
+    from coat_deploy.backends.select import PRECISIONS
+
+    monkeypatch.setitem(PRECISIONS, "onnxruntime", ("fp32",))
+    ran = cli("export", "coat_lite_toy", "--models", models, *AUTO)
+    assert "Nothing to measure against:\n" in ran.out
+    assert ran.out.endswith("fp32:  the only one that passes\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--no-validate",), "cannot be chosen without validation"),
+        (("--min-top1-agreement", "2"), "'min_top1_agreement' cannot be (got 2.0"),
+        (("--target", "eager"), "unknown target to export to 'eager'"),
+    ],
+)
+def test_what_leaves_nothing_to_choose_by_is_refused(cli, models, words, message):
+    ran = cli("export", "coat_lite_toy", "--models", models, *AUTO, *words)
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert message in ran.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("validate", "coat_lite_toy", "--images", ".", "--precision", "auto"),
+        ("evaluate", "coat_lite_toy", "--data", ".", "--precision", "auto"),
+        ("predict", "coat_lite_toy", ".", "--precision", "auto"),
+        ("bench", "coat_lite_toy", "--targets", "onnxruntime:auto"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_only_an_export_chooses(cli, models, photos, words):
+    words = [photos if word == "." else word for word in words]
+    ran = cli(*words, "--models", models)
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "unknown precision" in ran.err and "'auto' (known: fp32" in ran.err

@@ -52,6 +52,15 @@ def test_export_prints_what_is_documented(cli, models, photos):
     assert ran.json["agreement"]["source"] == "images"
 
 
+@pytest.mark.usefixtures("two_precisions")
+def test_a_choice_is_what_is_documented(cli, models):
+    words = ("--precision", "auto", "--threads", "1", "--json")
+    ran = cli("export", "coat_lite_toy", "--models", models, *words)
+    assert ran.status == 0, ran.err
+    assert promised("export") <= paths(ran.json)
+    assert paths(documented("Choice"), ".choice") <= paths(ran.json)
+
+
 def test_validate_prints_what_is_documented(cli, models, labelled, damage):
     damage(models / "coat_lite_toy", "serial_blocks2.0.mlp.fc1")
     words = ("--images", labelled, "--by-block", "--json")
