@@ -21,6 +21,7 @@ from coat_deploy.errors import (  # noqa: E402
     UsageError,
 )
 from coat_deploy.export import ExportOptions, export  # noqa: E402
+from coat_deploy.graph.form import FORMS  # noqa: E402
 from coat_deploy.machine import describe  # noqa: E402
 from coat_deploy.measure.bar import get_bar  # noqa: E402
 from coat_deploy.measure.bench import BenchReport  # noqa: E402
@@ -40,6 +41,7 @@ def two_precisions(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setitem(PRECISIONS, "onnxruntime", ("fp32", "bf16"))
+    monkeypatch.setitem(FORMS["onnxruntime"], "bf16", FORMS["onnxruntime"]["fp32"])
     yield
     torch.set_num_threads(threads)
 
@@ -254,6 +256,7 @@ def test_a_precision_that_cannot_be_timed_is_ruled_out(models, timed):
 
 def test_without_the_most_exact_the_others_are_timed_against_the_next(models, timed, monkeypatch):
     monkeypatch.setitem(PRECISIONS, "onnxruntime", ("fp32", "bf16", "fp16"))
+    monkeypatch.setitem(FORMS["onnxruntime"], "fp16", FORMS["onnxruntime"]["fp32"])
     stopwatch = timed(1.0, failing=("fp32",), fp16=2.0)
     exported = run(models)
     assert stopwatch.calls == [(["fp32", "bf16", "fp16"], "fp32"), (["bf16", "fp16"], "bf16")]

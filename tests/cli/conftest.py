@@ -20,6 +20,7 @@ from PIL import Image
 from coat_deploy.backends.select import PRECISIONS
 from coat_deploy.cli.app import main
 from coat_deploy.graph import gemm
+from coat_deploy.graph.form import FORMS
 from coat_deploy.measure import bench as measure
 from coat_deploy.measure import limits
 from coat_deploy.measure.proof import probe_images
@@ -230,4 +231,5 @@ def two_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setitem(PRECISIONS, "onnxruntime", ("fp32", "bf16"))
+    monkeypatch.setitem(FORMS["onnxruntime"], "bf16", FORMS["onnxruntime"]["fp32"])
     monkeypatch.setattr(choose, "BenchOptions", brief)
