@@ -31,6 +31,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/write_cli.py
 	$(BIN)/python docs/write_figures.py
+	$(BIN)/python docs/write_study.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -102,6 +102,11 @@ def test_what_a_run_lacks_is_a_dash():
     assert rows[2:] == ["| toy | 1 | 40.0 ms | - |", "| other | 1 | - | 30.0 ms (1.00x) |"]
 
 
+def test_tables_of_the_study_are_those_of_its_record():
+    written = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert written == script("write_study").page(), "run `make docs`"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
