@@ -145,8 +145,11 @@ BARS: dict[str, Bar] = {
     # OpenVINO with AMX kept 0.965 on 200 photographs, with a cosine of 0.99968, and missed it.
     # Lowered after that one figure; other variants and trained weights are not measured.
     "bf16": Bar(min_centred_cosine=0.999, min_top1_agreement=0.95),
-    # Not measured yet, no target computes in it: what a good quantization should reach.
-    "int8": Bar(min_centred_cosine=0.995, min_top1_agreement=0.97),
+    # Linear layers alone. A trained coat_lite_nano kept 99.4% of the classes of 341 photographs
+    # and a cosine of 0.99995; coat_lite_tiny with random weights a cosine of 0.9997, and 89 of 100
+    # classes: all 11 that changed led by less than 0.06, where half of the images lead by less
+    # than 0.17. So a lead below 0.1, three times the deviation of a logit, counts as none.
+    "int8": Bar(min_centred_cosine=0.995, min_top1_agreement=0.97, near_tie=0.1),
 }
 """The bar of each precision. Agreement is measured on the images given, often with random
 weights, whose classes may lie closer together than a trained network's."""
