@@ -82,6 +82,6 @@ def agree(
         pytest.skip(str(error))  # a processor without bf16
     images = [batch for side in sizes for batch in batches(side)]
     bar = get_bar(precision).for_few_images()
-    with runner, EagerRunner(network) as reference:
+    with runner, EagerRunner(network, LoadOptions()) as reference:
         found = validate(reference, runner, images, bar)
     assert found.failures == ()
