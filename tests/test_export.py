@@ -562,3 +562,8 @@ def test_two_exports_at_once_are_both_in_the_manifest(exported):
     assert opens(exported, features=True, size=(64, 64))
     assert opens(exported, features=True, size=(80, 64))
     assert len(Model(exported / "coat_lite_toy").artifacts) == 3
+
+
+def test_a_precision_that_errs_at_some_sizes_takes_no_open_size(models):
+    with pytest.raises(UsageError, match=r"--size dynamic: not for openvino in bf16"):
+        run(models, target="openvino", precision="bf16", dynamic=True)

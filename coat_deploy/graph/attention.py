@@ -18,9 +18,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from coat_deploy.graph.author import Author, Floats, Layer, Value
+from coat_deploy.graph.author import Author, Value
 from coat_deploy.graph.folds import head_mask, merge_windows
 from coat_deploy.graph.form import GraphForm
+from coat_deploy.graph.layer import Floats, Layer
 from coat_deploy.graph.tokens import Tokens, from_map, join_tokens, rows, to_map
 
 Weights = Mapping[str, Floats]

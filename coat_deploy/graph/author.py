@@ -6,7 +6,6 @@ viewer, a profile or an error leads to its line of the network.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NewType
 
 import numpy as np
@@ -14,25 +13,11 @@ import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from coat_deploy.errors import GraphError
+from coat_deploy.graph.layer import Floats, Layer
 from coat_deploy.graph.quantize import quantize_rows
 
 Value = NewType("Value", str)
 """Name of a tensor of the graph."""
-
-Floats = npt.NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer `x W^T + b`: `weight` (C_out, C_in) as PyTorch keeps it, `bias` (C_out,).
-
-    `int8`: its product is taken of 8-bit integers.
-    """
-
-    weight: Floats
-    bias: Floats | None
-    int8: bool = False
-
 
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
 """Resize by axes needs 18; Gelu is one operator from 20 on."""

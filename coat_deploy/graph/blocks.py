@@ -7,9 +7,10 @@ behind them in a parallel block: the names by which blocks are compared with the
 from collections.abc import Sequence
 
 from coat_deploy.graph.attention import Weights, conv_attention, read_products
-from coat_deploy.graph.author import Author, Layer, Value
+from coat_deploy.graph.author import Author, Value
 from coat_deploy.graph.folds import Norm, fold_norm, fold_position
 from coat_deploy.graph.form import GraphForm
+from coat_deploy.graph.layer import Layer
 from coat_deploy.graph.tokens import (
     Grid,
     Tokens,

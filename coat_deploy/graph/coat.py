@@ -11,10 +11,11 @@ from onnx import ModelProto
 
 from coat_deploy.errors import GraphError
 from coat_deploy.graph.attention import Weights
-from coat_deploy.graph.author import DEFAULT_OPSET, Author, Layer, Value
+from coat_deploy.graph.author import DEFAULT_OPSET, Author, Value
 from coat_deploy.graph.blocks import LAYER_NORM_EPS, parallel_block, serial_block
 from coat_deploy.graph.folds import fold_head
 from coat_deploy.graph.form import GraphForm
+from coat_deploy.graph.layer import Layer
 from coat_deploy.graph.tokens import (
     NCHW_TO_NHWC,
     NHWC_TO_NCHW,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from coat_deploy.errors import GraphError
-from coat_deploy.graph.author import Floats, Layer
+from coat_deploy.graph.layer import Floats, Layer
 
 MAX_AMPLIFICATION = 4.0
 """`fold_norm` is left out where rounding errors could grow by more than this."""

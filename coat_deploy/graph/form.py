@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coat_deploy.errors import UsageError, unknown_name
-from coat_deploy.graph.author import Floats, Layer
+from coat_deploy.graph.layer import Floats, Layer
 
 FORM_NAMES = ("authored", "traced")
 """Written by us, or by PyTorch's exporter."""
@@ -22,9 +22,7 @@ class GraphForm:
     fold_context_ratio: with N tokens and C channels, where N >= ratio * C the context is taken
         as `(S X) Wv^T + bv` instead of `S V`. The rows of S sum to 1, so both are equal; the
         first needs no V of the class token, but one C x C x C product more.
-    transpose_keys: K^T is the transpose of a product, not a product of transposes. OpenVINO needs
-        it: 2026.4 gave NaN in bfloat16 for the other at some image and batch sizes (coat_lite_nano,
-        three images of 96 x 50, an odd number of tokens).
+    transpose_keys: K^T is the transpose of a product, not a product of transposes.
     fold_norm: the affine part of a LayerNorm moves into the layers that read it, which then need
         no bias (`folds.fold_norm`). Pays where a bias is a pass of its own.
     int8_from: linear layers of at least so many inputs are computed in 8-bit integers, their
@@ -63,6 +61,15 @@ FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     },
 }
 """The authored form of each target that takes ONNX, by precision."""
+
+
+FIXED_SIZE_ONLY = frozenset({("openvino", "bf16")})
+"""Targets and precisions that are not to be trusted at image sizes they were not validated at.
+
+OpenVINO 2026.4 computes wrong logits, or NaN, in bfloat16 at some sizes in batches of three and
+more, of PyTorch's own export as of ours: coat_lite_nano at 134 x 61, 119 x 59, 76 x 61, 131 x 52
+and 96 x 50, 4 of 40 sizes drawn at random, never in float32.
+"""
 
 
 def get_form(target: str, precision: str) -> GraphForm:

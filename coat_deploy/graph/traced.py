@@ -15,8 +15,9 @@ import torch
 from onnx import ModelProto
 
 from coat_deploy.errors import BackendMissing, GraphError
-from coat_deploy.graph.author import Floats, check_opset
+from coat_deploy.graph.author import check_opset
 from coat_deploy.graph.coat import GraphOptions, check_size
+from coat_deploy.graph.layer import Floats
 from coat_deploy.network.coat import CoaT, create_network
 from coat_deploy.runner import FEATURES, INPUT, LOGITS
 from coat_deploy.spec import ModelSpec

@@ -9,7 +9,8 @@ from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
 
 from coat_deploy.errors import GraphError
-from coat_deploy.graph.author import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, Author, Layer, Value
+from coat_deploy.graph.author import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, Author, Value
+from coat_deploy.graph.layer import Layer
 
 X = Value("x")
 OPSETS = range(MIN_OPSET, MAX_OPSET + 1)

@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import conv2d
 
 from coat_deploy.errors import GraphError
-from coat_deploy.graph.author import Layer
 from coat_deploy.graph.folds import (
     MAX_AMPLIFICATION,
     Norm,
@@ -18,6 +17,7 @@ from coat_deploy.graph.folds import (
     merge_windows,
     redundant_channel,
 )
+from coat_deploy.graph.layer import Layer
 
 LIMIT = 1e-10
 
