@@ -67,10 +67,13 @@ def test_a_batch_wins_where_it_takes_no_longer_than_an_image(compared: Throughpu
     assert best.images_per_second == pytest.approx(400, rel=0.3)
 
 
-def test_the_time_of_a_request_is_that_under_the_load(compared: ThroughputReport) -> None:
-    # Two streams that cannot run at once wait for each other.
-    waiting = [t for t in by_name(compared)["batches"].tried if t.streams == 2 and t.batch == 1]
-    assert waiting[0].p99_ms is not None and waiting[0].p99_ms > 15
+def test_streams_that_cannot_run_at_once_gain_nothing(compared: ThroughputReport) -> None:
+    tried = [t for t in by_name(compared)["batches"].tried if t.streams == 2 and t.batch == 1]
+    assert tried[0].images_per_second == pytest.approx(100, rel=0.3)
+
+
+def test_the_time_of_a_request_is_no_less_than_its_step(compared: ThroughputReport) -> None:
+    # No more: who waits for whom is the lock's affair, which may starve one of two.
     for result in compared.results:
         assert 10 <= result.p50_ms <= result.p99_ms
 
