@@ -56,8 +56,8 @@ FORMS: Mapping[str, Mapping[str, GraphForm]] = {
         "int8": GraphForm(int8_from=64),
     },
     "openvino": {
-        "fp32": GraphForm(transpose_keys=True, resize_layout="nchw"),
-        "bf16": GraphForm(transpose_keys=True, resize_layout="nchw"),
+        "fp32": GraphForm(resize_layout="nchw"),
+        "bf16": GraphForm(resize_layout="nchw"),
     },
 }
 """The authored form of each target that takes ONNX, by precision."""
