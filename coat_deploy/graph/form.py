@@ -57,7 +57,7 @@ FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     },
     "openvino": {
         "fp32": GraphForm(resize_layout="nchw"),
-        "bf16": GraphForm(resize_layout="nchw"),
+        "bf16": GraphForm(fold_norm=True, join_ffn_to=8, resize_layout="nchw"),
     },
 }
 """The authored form of each target that takes ONNX, by precision."""
