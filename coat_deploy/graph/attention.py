@@ -27,6 +27,11 @@ from coat_deploy.graph.tokens import Tokens, from_map, join_tokens, rows, to_map
 Weights = Mapping[str, Floats]
 
 
+def read_linear(weights: Weights, path: str, form: GraphForm) -> Layer:
+    """Return the linear layer that `path` leads to, as the form computes it."""
+    return form.linear(weights[f"{path}.weight"], weights[f"{path}.bias"])
+
+
 def read_products(weights: Weights, path: str, form: GraphForm) -> list[Layer]:
     """Return the layers of Q, K and V, cut from the joint `qkv` of the attention at `path`."""
     weight, bias = weights[f"{path}.qkv.weight"], weights[f"{path}.qkv.bias"]
@@ -57,7 +62,7 @@ def conv_attention(
         q_cls = a.linear(x.cls, q, "q_cls", key=a.path("q"))
         q_cls = a.reshape(q_cls, a.integers(-1, 1, channels), "q_cls_token")
         cls = rows(a, a.matmul(q_cls, context, "factor_att_cls"), channels)
-        proj = form.linear(weights[f"{path}.proj.weight"], weights[f"{path}.proj.bias"])
+        proj = read_linear(weights, f"{path}.proj", form)
         return Tokens(
             a.linear(image, proj, "proj"),
             a.linear(cls, proj, "proj_cls", key=a.path("proj")),

@@ -6,11 +6,15 @@ behind them in a parallel block: the names by which blocks are compared with the
 
 from collections.abc import Sequence
 
-from coat_deploy.graph.attention import Weights, conv_attention, read_products
+from coat_deploy.graph.attention import (
+    Weights,
+    conv_attention,
+    read_linear,
+    read_products,
+)
 from coat_deploy.graph.author import Author, Value
 from coat_deploy.graph.folds import Norm, fold_norm, fold_position
 from coat_deploy.graph.form import GraphForm
-from coat_deploy.graph.layer import Layer
 from coat_deploy.graph.tokens import (
     Grid,
     Tokens,
@@ -102,10 +106,8 @@ def norm_attend(
 ) -> Tokens:
     """Return ConvAtt(LN(X)) of the block `path`; its weights' names end in `suffix`."""
     attention = f"{path}.factoratt_crpe{suffix}"
-    norm, products = (
-        read_norm(weights, f"{path}.norm1{suffix}"),
-        read_products(weights, attention, form),
-    )
+    norm = read_norm(weights, f"{path}.norm1{suffix}")
+    products = read_products(weights, attention, form)
     if form.fold_norm:
         norm, products = fold_norm(norm, products)
     normed = Tokens(
@@ -165,11 +167,6 @@ def norm_ffn(
 def read_norm(weights: Weights, path: str) -> Norm:
     """Return the affine part of the LayerNorm that `path` leads to."""
     return Norm(weights[f"{path}.weight"], weights[f"{path}.bias"])
-
-
-def read_linear(weights: Weights, path: str, form: GraphForm) -> Layer:
-    """Return the linear layer that `path` leads to, as the form computes it."""
-    return form.linear(weights[f"{path}.weight"], weights[f"{path}.bias"])
 
 
 def add_tokens(a: Author, x: Tokens, y: Tokens) -> Tokens:
