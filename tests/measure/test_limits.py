@@ -1,9 +1,5 @@
 import functools
-import importlib
 import itertools
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,19 +13,9 @@ from coat_deploy.measure import limits
 from coat_deploy.measure.latency import ColdWarm, Latency
 from coat_deploy.measure.limits import BYTES_A_WEIGHT, Bandwidth, Limits, Rate, Work
 
-HERE = Path(__file__).parent
 WORK = Work(macs=1_000_000_000, weights=1_000_000, size=(10, 20))
 FAST = Bandwidth(None, 1e6)
 """Memory so fast that it never limits."""
-
-
-@pytest.fixture(scope="module")
-def fake() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(HERE))
-    try:
-        yield importlib.import_module("fake_runner")
-    finally:
-        sys.path.remove(str(HERE))
 
 
 def result(target: str = "onnxruntime", precision: str = "fp32", **changes: Any) -> Latency:
