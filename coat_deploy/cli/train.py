@@ -144,7 +144,7 @@ def train(
 
             check_push(push_to_hub)
         job = prepare(
-            variant, data, options, out, models, preset, resolved, resume=resume,
+            variant, data, options, out, models, preset, resolved, device, resume=resume,
             overwrite=overwrite,
         )  # fmt: skip
         metrics = run(job, device, threads, resume=resume, overwrite=overwrite)
@@ -170,11 +170,15 @@ def prepare(
     models: Path | None,
     preset: str,
     recipe: Recipe,
+    device: str,
     *,
     resume: bool,
     overwrite: bool,
 ) -> "Job":
     """Return the training asked for, its data opened; nothing is written yet.
+
+    Its recipe names the precision of this machine's `device` where it was "auto": a training
+    resumed elsewhere has to go on in the same.
 
     Raises: UsageError, before the data is opened where it can.
     """
@@ -182,6 +186,7 @@ def prepare(
     from coat_deploy.network.variants import get_variant
     from coat_deploy.repository import Repository
     from coat_deploy.train.job import Job, check_place
+    from coat_deploy.train.processes import settle_precision
     from coat_deploy.train.start import find_base
 
     get_variant(variant)
@@ -189,7 +194,8 @@ def prepare(
     model = repository.new(out)
     check_place(model, resume=resume, overwrite=overwrite)
     base = find_base(recipe.init, variant, repository)
-    return Job(variant, recipe, open_splits(source, options), model, preset, source, base)
+    settled = settle_precision(recipe, device)
+    return Job(variant, settled, open_splits(source, options), model, preset, source, base)
 
 
 def run(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.spec import MAX_SIDE
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
 MAX_RECIPE_BYTES = 1 << 20
 OPTIMISER, AUGMENTATION, NETWORK, COMPUTATION = (
     "Optimiser", "Augmentation", "Network", "Computation",
@@ -141,8 +141,9 @@ class Recipe:
     )
 
     precision: Precision = _knob(
-        "fp32", COMPUTATION, "fp32, or autocast to bf16 or fp16.", choices=("fp32", "bf16", "fp16")
-    )
+        "fp32", COMPUTATION, "fp32, or autocast to bf16 or fp16; auto: bf16 where the device has "
+        "matrix units for it.", choices=("fp32", "bf16", "fp16", "auto"),
+    )  # fmt: skip
     channels_last: bool = _knob(True, COMPUTATION, "Lay images out channels last.")
     compile: bool = _knob(False, COMPUTATION, "Compile the network with torch.compile.")
     gradient_checkpointing: bool = _knob(
@@ -220,11 +221,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # From scratch on thousands of images, in minutes on a CPU.
     "small": {
-        "epochs": 225, "batch_size": 64, "learning_rate": 9e-3, "warmup_epochs": 5.0,
+        "epochs": 300, "batch_size": 64, "learning_rate": 9e-3, "warmup_epochs": 5.0,
         "final_factor": 0.01, "weight_decay": 0.1, "clip_norm": 1.0, "ema_decay": 0.998,
         "crop_min": 0.35, "rand_augment": 0, "jitter": 0.2, "erase": 0.2, "mixup": 0.2,
         "mix_share": 1.0, "mix_until": 0.85, "repeats": 1, "drop_path": 0.1, "crop_pct": 1.0,
-        "validate_every": 10,
+        "validate_every": 10, "precision": "auto",
     },
 }  # fmt: skip
 """Recipes by name: what differs from the defaults."""
@@ -235,7 +236,7 @@ SOURCE_FIELDS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 30, "warmup_epochs": 2.0, "ema_decay": 0.99, "size": 32, "crop_pct": 1.0,
         "crop_min": 0.7, "flip": 0.0, "rotate": 10.0, "shift": 0.1, "rand_augment": 0,
         "jitter": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "mix_share": 0.0,
-        "label_smoothing": 0.05, "validate_every": 5,
+        "label_smoothing": 0.05, "validate_every": 5, "precision": "fp32",
     },
 }  # fmt: skip
 """What a built-in source of data asks for, over any preset."""

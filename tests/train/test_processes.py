@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -5,8 +6,9 @@ import torch
 from accelerate.utils import DistributedType
 
 from coat_deploy.errors import UsageError
+from coat_deploy.machine import describe
 from coat_deploy.train import processes
-from coat_deploy.train.processes import open_processes
+from coat_deploy.train.processes import open_processes, settle_precision
 
 
 def test_one_process_on_the_cpu(toys):
@@ -28,6 +30,28 @@ def test_bf16_is_the_precision_of_products_and_not_of_weights(toys):
     with accelerator.autocast():
         assert network(torch.ones(1, 3)).dtype == torch.bfloat16
     assert network.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("amx", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_where_the_cpu_has_matrix_units(amx, expected, toys, monkeypatch):
+    here = replace(describe(), cpu_features=("avx2", *["amx_bf16"] * amx))
+    monkeypatch.setattr(processes, "describe", lambda: here)
+    recipe = toys.recipe(precision="auto")
+    assert settle_precision(recipe, "cpu") == toys.recipe(precision=expected)
+    assert open_processes(recipe, "cpu").mixed_precision == {"fp32": "no"}.get(expected, expected)
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_where_the_gpu_computes_in_it(has, expected, toys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    assert settle_precision(toys.recipe(precision="auto")).precision == expected
+
+
+def test_a_named_precision_is_kept(toys):
+    for precision in ("fp32", "bf16", "fp16"):
+        recipe = toys.recipe(precision=precision)
+        assert settle_precision(recipe, "cpu") == recipe
 
 
 def test_fp16_on_a_cpu_is_one_clear_line(toys):
