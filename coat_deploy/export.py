@@ -21,7 +21,7 @@ from coat_deploy.candidate import Candidate, MakeBatches, Recipe
 from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.graph.author import DEFAULT_OPSET, check_opset
 from coat_deploy.graph.coat import check_size
-from coat_deploy.graph.form import FIXED_SIZE_ONLY, FORM_NAMES, FORMS, TRACED_PRECISIONS
+from coat_deploy.graph.form import FORM_NAMES, FORMS, TRACED_PRECISIONS
 from coat_deploy.measure.bar import Bar, get_bar
 from coat_deploy.measure.validate import Validation
 from coat_deploy.model import WEIGHTS, Model, Staging
@@ -205,11 +205,6 @@ def settle_recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
         raise UsageError(
             f"precision {precision}: written into the graph, which the traced form cannot do "
             f"(expected one of {', '.join(TRACED_PRECISIONS)}). Leave --form out."
-        )
-    if options.dynamic and (options.target, precision) in FIXED_SIZE_ONLY:
-        raise UsageError(
-            f"--size dynamic: not for {options.target} in {precision}, which computes wrong logits "
-            "at some image sizes. Export each size that is needed: --size HEIGHTxWIDTH."
         )
     check_opset(options.opset)
     nominal = options.size or spec.preprocess.input_size

@@ -113,16 +113,17 @@ def test_an_artifact_is_made_and_proven(models, name, fields, artifact):
     assert exported.model.artifacts == (exported.artifact,)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_openvino_gets_an_artifact_of_its_own(models, precision):
+def test_openvino_gets_an_artifact_of_its_own(models, precision, dynamic):
     pytest.importorskip("openvino")
     try:
-        exported = run(models, target="openvino", precision=precision)
+        exported = run(models, target="openvino", precision=precision, dynamic=dynamic)
     except RunnerError as error:
         if "does not compute in bf16" not in str(error):
             raise
         pytest.skip(str(error))
-    assert exported.artifact.name == f"openvino-{precision}"
+    assert exported.artifact.name == f"openvino-{precision}{'-dynamic' * dynamic}"
 
 
 @pytest.mark.slow
@@ -562,8 +563,3 @@ def test_two_exports_at_once_are_both_in_the_manifest(exported):
     assert opens(exported, features=True, size=(64, 64))
     assert opens(exported, features=True, size=(80, 64))
     assert len(Model(exported / "coat_lite_toy").artifacts) == 3
-
-
-def test_a_precision_that_errs_at_some_sizes_takes_no_open_size(models):
-    with pytest.raises(UsageError, match=r"--size dynamic: not for openvino in bf16"):
-        run(models, target="openvino", precision="bf16", dynamic=True)

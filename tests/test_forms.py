@@ -11,7 +11,7 @@ from coat_deploy.backends.eager import EagerRunner
 from coat_deploy.backends.select import require
 from coat_deploy.errors import RunnerError
 from coat_deploy.graph.coat import GraphOptions, author_graph
-from coat_deploy.graph.form import FIXED_SIZE_ONLY, FORMS, get_form
+from coat_deploy.graph.form import FORMS, get_form
 from coat_deploy.images import load, normalise
 from coat_deploy.measure.bar import get_bar
 from coat_deploy.measure.proof import probe_images
@@ -56,9 +56,7 @@ def test_a_form_is_the_network(tmp_path, name, target, precision) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("target", "precision"), [choice for choice in CHOICES if choice not in FIXED_SIZE_ONLY]
-)
+@pytest.mark.parametrize(("target", "precision"), CHOICES)
 @pytest.mark.parametrize("name", ["coat_lite_nano", "coat_nano"])
 def test_a_form_of_open_size_is_the_network_at_any(tmp_path, name, target, precision) -> None:
     agree(tmp_path, make_spec(name), target, precision, None, [(64, 64), (96, 50), (33, 75)])

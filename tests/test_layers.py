@@ -28,7 +28,7 @@ RANKS = {
 HEAVY = {
     "torch": {"network/", "train/", "graph/traced.py", "backends/eager.py", "study/"},
     "onnxruntime": {"backends/onnxruntime.py"},
-    "openvino": {"backends/openvino.py"},
+    "openvino": {"backends/openvino.py", "backends/openvino_compile.py"},
     "onnx": {"graph/", "candidate.py"},
     "safetensors": {"network/weights.py"},
     "huggingface_hub": {"network/hub.py", "network/push.py", "data/huggingface.py"},

@@ -121,6 +121,7 @@ class LineUp:
             if source is None:
                 continue
             compiled = entry.form == COMPILE
+            load = LoadOptions(threads=count, compile=compiled, streams=streams, batch=batch)
             yield Contender(
                 name=entry.text,
                 target=entry.target,
@@ -129,7 +130,7 @@ class LineUp:
                 batch=batch,
                 size=self.size,
                 threads=count,
-                load=source.loader(LoadOptions(threads=count, compile=compiled, streams=streams)),
+                load=source.loader(load),
                 file=source.path if source.artifact else source.model.weights_path,
                 sha256=source.sha256,
                 streams=streams,

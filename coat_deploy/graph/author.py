@@ -156,10 +156,20 @@ class Author:
         sides = list(weight.shape[2:])
         return self.node("Conv", inputs, name, kernel_shape=sides, strides=sides)[0]
 
-    def layer_norm(self, x: Value, gamma: Floats, beta: Floats, eps: float, name: str) -> Value:
-        """Return the LayerNorm of `x` over its last axis."""
-        key = self.path(name)
-        inputs = (x, self.constant(f"{key}.weight", gamma), self.constant(f"{key}.bias", beta))
+    def layer_norm(
+        self,
+        x: Value,
+        gamma: Floats,
+        beta: Floats | None,
+        eps: float,
+        name: str,
+        key: str | None = None,
+    ) -> Value:
+        """Return the LayerNorm of `x` over its last axis; `key` names its constants."""
+        key = key or self.path(name)
+        inputs = [x, self.constant(f"{key}.weight", gamma)]
+        if beta is not None:
+            inputs.append(self.constant(f"{key}.bias", beta))
         return self.node("LayerNormalization", inputs, name, axis=-1, epsilon=eps)[0]
 
     def gelu(self, x: Value, name: str) -> Value:

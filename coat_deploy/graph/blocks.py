@@ -108,8 +108,7 @@ def norm_attend(
     attention = f"{path}.factoratt_crpe{suffix}"
     norm = read_norm(weights, f"{path}.norm1{suffix}")
     products = read_products(weights, attention, form)
-    if form.fold_norm:
-        norm, products = fold_norm(norm, products)
+    norm, products = fold_norm(norm, products, form.fold_norm)
     normed = Tokens(
         a.layer_norm(x.image, norm.gamma, norm.beta, LAYER_NORM_EPS, "norm1"),
         a.layer_norm(x.cls, norm.gamma, norm.beta, LAYER_NORM_EPS, "norm1_cls"),
@@ -136,8 +135,7 @@ def norm_ffn(
     """
     norm = read_norm(weights, f"{path}.norm2{suffix}")
     fc1, fc2 = (read_linear(weights, f"{path}.{mlp}.{layer}", form) for layer in ("fc1", "fc2"))
-    if form.fold_norm:
-        norm, (fc1,) = fold_norm(norm, (fc1,))
+    norm, (fc1,) = fold_norm(norm, (fc1,), form.fold_norm)
     fc1_key = f"fc1{suffix}" if form.fold_norm else "fc1"
 
     def compute(tokens: Value, part: str, name: str) -> Value:

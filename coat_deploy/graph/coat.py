@@ -17,12 +17,12 @@ from coat_deploy.graph.folds import fold_head
 from coat_deploy.graph.form import GraphForm
 from coat_deploy.graph.layer import Layer
 from coat_deploy.graph.tokens import (
-    NCHW_TO_NHWC,
     NHWC_TO_NCHW,
     Grid,
     Tokens,
     dynamic_grid,
     fixed_grid,
+    from_map,
     to_map,
 )
 from coat_deploy.network.variants import Variant, get_variant
@@ -127,12 +127,11 @@ class _CoaT:
         with a.scope(path):
             x = a.patches(feature_map, weights["proj.weight"], weights["proj.bias"], "proj")
             grid = self.grid(x, nominal, channels)
-            x = a.transpose(x, NCHW_TO_NHWC, "nhwc")
-            x = a.layer_norm(
-                x, weights["norm.weight"], weights["norm.bias"], PATCH_NORM_EPS, "norm"
-            )
-            cls = self.class_token(s, x, channels)
-            return Tokens(a.reshape(x, a.integers(-1, channels), "image"), cls, grid)
+            # Rows first: OpenVINO takes the norm of a map apart, and copies the map about.
+            norm = weights["norm.weight"], weights["norm.bias"], PATCH_NORM_EPS
+            image = a.layer_norm(from_map(a, x, channels), *norm, "image", key=a.path("norm"))
+            cls = self.class_token(s, a.reshape(image, grid.map_shape, "map"), channels)
+            return Tokens(image, cls, grid)
 
     def grid(self, feature_map: Value, nominal: Size, channels: int) -> Grid:
         if self.options.size:

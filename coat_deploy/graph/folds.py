@@ -6,22 +6,26 @@ return numpy arrays and keep float64 when given it, so that tests can hold them 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from coat_deploy.errors import GraphError
 from coat_deploy.graph.layer import Floats, Layer
 
+NormFold = Literal["bias", "channel"]
+"""Where a norm's affine part may go: `fold_norm_to_bias`, `fold_norm_to_channel`."""
+
 MAX_AMPLIFICATION = 4.0
-"""`fold_norm` is left out where rounding errors could grow by more than this."""
+"""`fold_norm_to_channel` is left out where rounding errors could grow by more than this."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """The affine part of a LayerNorm: `gamma * xhat + beta`, both (C,)."""
+    """The affine part of a LayerNorm: `gamma * xhat + beta`, both (C,); no beta is one of zeros."""
 
     gamma: Floats
-    beta: Floats
+    beta: Floats | None
 
 
 def fold_position(weight: Floats) -> Floats:
@@ -75,7 +79,26 @@ def fold_head(
     return folded, bias + aggregate_bias * weight.sum(axis=1)
 
 
-def fold_norm(norm: Norm, layers: Sequence[Layer]) -> tuple[Norm, list[Layer]]:
+def fold_norm(
+    norm: Norm, layers: Sequence[Layer], where: NormFold | None
+) -> tuple[Norm, list[Layer]]:
+    """Return a norm and the layers behind it with its affine part folded, or as they are."""
+    if where == "bias":
+        return fold_norm_to_bias(norm, layers)
+    if where == "channel":
+        return fold_norm_to_channel(norm, layers)
+    return norm, list(layers)
+
+
+def fold_norm_to_bias(norm: Norm, layers: Sequence[Layer]) -> tuple[Norm, list[Layer]]:
+    """W (gamma * xhat + beta) + b = (W * gamma) xhat + (b + W beta)."""
+    plain = Norm(np.ones_like(norm.gamma), None)
+    return plain, [
+        Layer(norm.gamma * layer.weight, _with_beta(norm, layer), layer.int8) for layer in layers
+    ]
+
+
+def fold_norm_to_channel(norm: Norm, layers: Sequence[Layer]) -> tuple[Norm, list[Layer]]:
     """W LN(x) + b = W' LN'(x): the norm's affine part moves into the layers that read it.
 
     LayerNorm takes the mean away, so sum_c xhat_c = 0 and one channel r says nothing new:
@@ -91,18 +114,18 @@ def fold_norm(norm: Norm, layers: Sequence[Layer]) -> tuple[Norm, list[Layer]]:
     r = redundant_channel(norm.gamma, [layer.weight for layer in layers])
     if max(amplification(norm.gamma, layer.weight, r) for layer in layers) > MAX_AMPLIFICATION:
         return norm, list(layers)
-    gamma, beta = np.ones(len(norm.gamma)), np.zeros(len(norm.beta))
+    gamma, beta = np.ones(len(norm.gamma)), np.zeros(len(norm.gamma))
     gamma[r], beta[r] = 0, 1
     folded = []
     for layer in layers:
         weight = _without_channel(norm.gamma, layer.weight, r)
-        weight[:, r] = layer.weight @ norm.beta + (0 if layer.bias is None else layer.bias)
+        weight[:, r] = _with_beta(norm, layer)
         folded.append(Layer(weight, None))
     return Norm(gamma, beta), folded
 
 
 def redundant_channel(gamma: Floats, weights: Sequence[Floats]) -> int:
-    """Return the channel whose removal by `fold_norm` lets errors grow least.
+    """Return the channel whose removal by `fold_norm_to_channel` lets errors grow least.
 
     It is the one that weighs least in the layers: the least `|gamma_r| max_o |W_or|`, each layer
     measured by its own largest row.
@@ -125,7 +148,13 @@ def amplification(gamma: Floats, weight: Floats, channel: int) -> float:
     return float(after / before) if before else 1.0
 
 
+def _with_beta(norm: Norm, layer: Layer) -> Floats:
+    """Return `b + W beta`."""
+    bias = np.zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    return bias if norm.beta is None else layer.weight @ norm.beta + bias
+
+
 def _without_channel(gamma: Floats, weight: Floats, channel: int) -> Floats:
-    """Return W' of `fold_norm` with zeros in the place of the bias."""
+    """Return W' of `fold_norm_to_channel` with zeros in the place of the bias."""
     scaled = gamma.astype(np.float64) * weight
     return scaled - scaled[:, [channel]]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coat_deploy.errors import UsageError, unknown_name
+from coat_deploy.graph.folds import NormFold
 from coat_deploy.graph.layer import Floats, Layer
 
 FORM_NAMES = ("authored", "traced")
@@ -23,11 +24,12 @@ class GraphForm:
         as `(S X) Wv^T + bv` instead of `S V`. The rows of S sum to 1, so both are equal; the
         first needs no V of the class token, but one C x C x C product more.
     transpose_keys: K^T is the transpose of a product, not a product of transposes.
-    fold_norm: the affine part of a LayerNorm moves into the layers that read it, which then need
-        no bias (`folds.fold_norm`). Pays where a bias is a pass of its own.
+    fold_norm: the affine part of a LayerNorm moves into the layers that read it: by their weights
+        and biases ("bias"), or so that they need no bias ("channel"), which pays where a bias is
+        a pass of its own (`folds`). None leaves it with the norm.
     int8_from: linear layers of at least so many inputs are computed in 8-bit integers, their
         inputs quantized by their range at run time; None leaves all in float32. Not with
-        `fold_norm`.
+        `fold_norm` by "channel".
     join_ffn_to: class and image tokens go through the FFN together, where the image's are at most
         so many times the channels: a product less, for a copy more. 0 keeps them apart.
     scan_ffn_from: the FFN of at least so many image tokens is computed image by image, so that
@@ -39,7 +41,7 @@ class GraphForm:
 
     fold_context_ratio: float = 2.0
     transpose_keys: bool = False
-    fold_norm: bool = False
+    fold_norm: NormFold | None = None
     int8_from: int | None = None
     join_ffn_to: float = 0.0
     scan_ffn_from: float = math.inf
@@ -47,7 +49,7 @@ class GraphForm:
 
     def __post_init__(self) -> None:
         # The column that carries a folded bias would spoil the scale of its row.
-        assert not (self.fold_norm and self.int8_from is not None)
+        assert self.fold_norm != "channel" or self.int8_from is None
 
     def linear(self, weight: Floats, bias: Floats) -> Layer:
         """Return a layer as this form computes it."""
@@ -56,24 +58,15 @@ class GraphForm:
 
 FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     "onnxruntime": {
-        "fp32": GraphForm(fold_norm=True, scan_ffn_from=700),
+        "fp32": GraphForm(fold_norm="channel", scan_ffn_from=700),
         "int8": GraphForm(int8_from=64),
     },
     "openvino": {
-        "fp32": GraphForm(resize_layout="nchw"),
-        "bf16": GraphForm(fold_norm=True, join_ffn_to=8, resize_layout="nchw"),
+        "fp32": GraphForm(fold_norm="bias", transpose_keys=True, resize_layout="nchw"),
+        "bf16": GraphForm(fold_norm="bias", join_ffn_to=8, resize_layout="nchw"),
     },
 }
 """The authored form of each target that takes ONNX, by precision."""
-
-
-FIXED_SIZE_ONLY = frozenset({("openvino", "bf16")})
-"""Targets and precisions that are not to be trusted at image sizes they were not validated at.
-
-OpenVINO 2026.4 computes wrong logits, or NaN, in bfloat16 at some sizes in batches of three and
-more, of PyTorch's own export as of ours. Of 40 sizes drawn at random, coat_lite_nano was wrong at
-134 x 61, 119 x 59, 76 x 61 and 131 x 52, held against OpenVINO's float32.
-"""
 
 
 def get_form(target: str, precision: str) -> GraphForm:

@@ -30,11 +30,12 @@ FORM_CHOICES = {
     "context-folded": GraphForm(fold_context_ratio=0),
     "context-unfolded": GraphForm(fold_context_ratio=math.inf),
     "resize-nchw": GraphForm(resize_layout="nchw"),
-    "norm-folded": GraphForm(fold_norm=True),
+    "norm-in-channel": GraphForm(fold_norm="channel"),
+    "norm-in-bias": GraphForm(fold_norm="bias"),
     "ffn-by-image": GraphForm(scan_ffn_from=0),
     "keys-transposed": GraphForm(transpose_keys=True),
     "ffn-joined": GraphForm(join_ffn_to=math.inf),
-    "all-of-it": GraphForm(fold_norm=True, join_ffn_to=0.5, scan_ffn_from=10),
+    "all-of-it": GraphForm(fold_norm="channel", join_ffn_to=0.5, scan_ffn_from=10),
 }
 ABLATIONS = [{"cpe": False}, {"crpe": False}, {"co_scale": "none"}, {"cpe": False, "crpe": False}]
 SIZES = [(64, 64), (75, 50), (33, 47), (32, 32), (250, 190)]

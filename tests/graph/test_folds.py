@@ -12,6 +12,8 @@ from coat_deploy.graph.folds import (
     amplification,
     fold_head,
     fold_norm,
+    fold_norm_to_bias,
+    fold_norm_to_channel,
     fold_position,
     head_mask,
     merge_windows,
@@ -141,14 +143,15 @@ def test_folds_keep_float64() -> None:
     assert {array.dtype for array in arrays} == {np.dtype(np.float64)}
 
 
-# fold_norm
+# Norms
 
 
 def layer_norm(x: np.ndarray, norm: Norm, eps: float = 1e-6) -> np.ndarray:
     """LayerNorm as written, in the precision of `x`."""
     centred = x - x.mean(axis=-1, keepdims=True)
     deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + x.dtype.type(eps))
-    return (centred / deviation * norm.gamma + norm.beta).astype(x.dtype)
+    beta = 0 if norm.beta is None else norm.beta
+    return (centred / deviation * norm.gamma + beta).astype(x.dtype)
 
 
 def linear(x: np.ndarray, layer: Layer) -> np.ndarray:
@@ -178,38 +181,57 @@ NORMS = {
 
 
 @pytest.mark.parametrize("gamma", NORMS.values(), ids=NORMS)
-def test_fold_norm_equals_the_norm_and_its_layers(gamma: np.ndarray) -> None:
+def test_fold_norm_to_bias_equals_the_norm_and_its_layers(gamma: np.ndarray) -> None:
+    norm, layers = Norm(gamma, draw(48, seed=2)), draw_layers(48, 30, 64)
+    layers.append(Layer(draw(5, 48), None))
+    x = 3 * draw(20, 48) + 5
+    folded, read = fold_norm_to_bias(norm, layers)
+    assert folded.beta is None and (folded.gamma == 1).all()
+    for before, after in zip(layers, read, strict=True):
+        left, right = linear(layer_norm(x, norm), before), linear(layer_norm(x, folded), after)
+        assert np.abs(left - right).max() < LIMIT
+
+
+def test_fold_norm_does_what_the_form_asks_for() -> None:
+    norm, layers = Norm(1 + 0.1 * draw(16), draw(16, seed=1)), draw_layers(16, 5)
+    assert fold_norm(norm, layers, None) == (norm, layers)
+    assert [layer.bias is None for layer in fold_norm(norm, layers, "bias")[1]] == [False]
+    assert [layer.bias is None for layer in fold_norm(norm, layers, "channel")[1]] == [True]
+
+
+@pytest.mark.parametrize("gamma", NORMS.values(), ids=NORMS)
+def test_fold_norm_to_channel_equals_the_norm_and_its_layers(gamma: np.ndarray) -> None:
     norm, layers = Norm(gamma, draw(48, seed=2)), draw_layers(48, 30, 64)
     x = 3 * draw(20, 48) + 5
-    folded, read = fold_norm(norm, layers)
+    folded, read = fold_norm_to_channel(norm, layers)
     assert [layer.bias for layer in read] == [None, None]
     for before, after in zip(layers, read, strict=True):
         left, right = linear(layer_norm(x, norm), before), linear(layer_norm(x, folded), after)
         assert np.abs(left - right).max() < LIMIT
 
 
-def test_fold_norm_takes_a_layer_without_bias() -> None:
+def test_fold_norm_to_channel_takes_a_layer_without_bias() -> None:
     norm, layer = Norm(1 + 0.1 * draw(16), draw(16, seed=1)), Layer(draw(5, 16), None)
-    folded, (read,) = fold_norm(norm, [layer])
+    folded, (read,) = fold_norm_to_channel(norm, [layer])
     x = draw(9, 16)
     left, right = linear(layer_norm(x, norm), layer), linear(layer_norm(x, folded), read)
     assert np.abs(left - right).max() < LIMIT
 
 
-def test_fold_norm_puts_a_one_where_the_redundant_channel_was() -> None:
-    folded, _ = fold_norm(Norm(1 + 0.1 * draw(16), draw(16, seed=1)), draw_layers(16, 5))
+def test_fold_norm_to_channel_puts_a_one_where_the_redundant_channel_was() -> None:
+    folded, _ = fold_norm_to_channel(Norm(1 + 0.1 * draw(16), draw(16, seed=1)), draw_layers(16, 5))
     ones = layer_norm(draw(9, 16), folded) == 1
     assert (ones.sum(axis=1) == 1).all()
     assert ones.all(axis=0).sum() == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_fold_norm_errs_in_float32_within_its_bound(seed: int) -> None:
+def test_fold_norm_to_channel_errs_in_float32_within_its_bound(seed: int) -> None:
     """A mean of 100 deviations: what rounding leaves of the mean is seen by every channel."""
     norm, layers = Norm(uneven(64, seed), draw(64, seed=seed)), draw_layers(64, 96, seed=seed)
     x = draw(200, 64, seed=seed) + 100 * draw(200, 1, seed=seed)
     truth = linear(layer_norm(x, norm), layers[0])
-    folded, (read,) = fold_norm(norm, layers)
+    folded, (read,) = fold_norm_to_channel(norm, layers)
     errors = []
     for n, layer in ((norm, layers[0]), (folded, read)):
         n = Norm(n.gamma.astype(np.float32), n.beta.astype(np.float32))
@@ -238,14 +260,14 @@ def test_one_row_lets_errors_grow_by_two_at_most() -> None:
         assert amplification(gamma, weight, redundant_channel(gamma, [weight])) <= 2
 
 
-def test_fold_norm_leaves_alone_what_would_lose_accuracy() -> None:
+def test_fold_norm_to_channel_leaves_alone_what_would_lose_accuracy() -> None:
     """A row for each channel: none is small, and the one taken is spread over all others."""
     norm, layer = Norm(np.ones(32), draw(32)), Layer(np.eye(32), draw(32, seed=1))
     assert amplification(norm.gamma, layer.weight, 0) == 32 - 1 > MAX_AMPLIFICATION
-    assert fold_norm(norm, [layer]) == (norm, [layer])
+    assert fold_norm_to_channel(norm, [layer]) == (norm, [layer])
 
 
 def test_a_layer_that_would_lose_accuracy_keeps_its_companions_as_they_are() -> None:
     norm, fine = Norm(np.ones(32), draw(32)), draw_layers(32, 8)[0]
     layers = [fine, Layer(np.eye(32), draw(32, seed=1))]
-    assert fold_norm(norm, layers) == (norm, layers)
+    assert fold_norm_to_channel(norm, layers) == (norm, layers)

@@ -1,0 +1,220 @@
+"""OpenVINO's compiled models: made from an ONNX file, or taken from where they were kept.
+
+A model is compiled for one image at a time (docs/decisions/0010-one-image-a-request.md).
+
+What it compiled may be kept (`LoadOptions.cache`) and is then loaded without reading the ONNX
+file. We export and import the compiled model ourselves: OpenVINO's own cache (`CACHE_DIR`) reads
+the file first, takes float32 and bfloat16 for one model and does not notice flipped bits.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coat_deploy.cache import SUFFIX, keep, read_kept
+from coat_deploy.digest import sha256_bytes
+from coat_deploy.errors import CorruptArtifact, PrecisionMissing, RunnerError
+from coat_deploy.runner import FEATURES, INPUT, LOGITS, TensorSpec
+
+_log = logging.getLogger(__name__)
+
+TYPES = {"fp32": "f32", "bf16": "bf16"}
+"""What OpenVINO calls our precisions."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model that takes one image, with the ports of its file, which take a batch."""
+
+    model: Any
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Compiles one ONNX file for the CPU, for any number of streams.
+
+    `threads`: of all streams together; None leaves them to OpenVINO, for one stream. `cache`: a
+    folder of this file's content alone, where to keep what was compiled. With `taps` nothing is
+    kept.
+    """
+
+    path: Path
+    precision: str
+    threads: int | None
+    taps: tuple[str, ...] = ()
+    cache: Path | None = None
+
+    def compile(self, streams: int) -> Compiled:
+        """Return the model, its threads divided among `streams` requests at once.
+
+        Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
+        OpenVINO does not take, PrecisionMissing on a CPU that would compute in another precision.
+        """
+        settings = self._settings(streams)
+        kept = None
+        if self.cache and not self.taps:
+            kept = self.cache / self._kept_name(settings)
+        found = self._import(kept, settings) if kept else None
+        compiled = found or self._compile(settings)
+        self._check_precision(compiled.model)
+        if kept and not found:
+            _export(compiled, kept)
+        return compiled
+
+    @cached_property
+    def _core(self) -> Any:
+        import openvino
+
+        return openvino.Core()
+
+    def _settings(self, streams: int) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": TYPES[self.precision],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if streams > 1:
+            # The hint alone would let OpenVINO choose the number of streams.
+            settings |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": streams}
+        if self.threads:
+            settings["INFERENCE_NUM_THREADS"] = self.threads
+        return settings
+
+    def _compile(self, settings: Mapping[str, Any]) -> Compiled:
+        model = _read(self.path)
+        try:
+            model.add_outputs(list(self.taps))
+            inputs = (_spec(model.inputs[0], INPUT),)
+            # Named now: compiling joins equal tensors, and an output then bears their names too.
+            outputs = tuple(_spec(port, _name(port, self.taps)) for port in model.outputs)
+            model.reshape([1, *list(model.inputs[0].get_partial_shape())[1:]])
+        except RuntimeError as error:
+            raise RunnerError(f"{self.path}: {reason(error)}") from error
+        # Whatever precision is asked for: a CPU without bfloat16 would be given float32.
+        if _has_small_ffn(model):
+            settings = {**settings, "SNIPPETS_MODE": "DISABLE"}
+        try:
+            compiled = self._core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise RunnerError(
+                f"{self.path}: OpenVINO does not compile it ({reason(error)})."
+            ) from error
+        return Compiled(compiled, inputs, outputs)
+
+    def _check_precision(self, model: Any) -> None:
+        computed = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if computed != TYPES[self.precision]:
+            raise PrecisionMissing(
+                f"{self.path}: this CPU does not compute in {self.precision} "
+                f"(OpenVINO would use {computed}). Load it on one with AMX or AVX512-BF16, or use "
+                "the fp32 artifact."
+            )
+
+    def _kept_name(self, settings: Mapping[str, Any]) -> str:
+        """Return a name of all that a compiled model depends on besides its file."""
+        import openvino
+
+        cpu = [
+            self._core.get_property("CPU", name)
+            for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES", "RANGE_FOR_STREAMS")
+        ]
+        key = json.dumps([_KEPT_FORMAT, openvino.get_version(), cpu, settings], sort_keys=True)
+        return f"{sha256_bytes(key.encode())}{SUFFIX}"
+
+    def _import(self, kept: Path, settings: Mapping[str, Any]) -> Compiled | None:
+        """Return the compiled model in `kept`, None without one."""
+        content = read_kept(kept)
+        if content is None:
+            return None
+        head, _, content = content.partition(b"\n")
+        try:
+            inputs, outputs = map(_ports_from_json, json.loads(head))
+            return Compiled(self._core.import_model(content, "CPU", settings), inputs, outputs)
+        except (RuntimeError, ValueError, TypeError) as error:
+            _log.info("%s: OpenVINO does not take it (%s); compiling anew", kept, reason(error))
+            return None
+
+
+_KEPT_FORMAT = 2
+"""Raised when what is kept, or how a file is compiled, changes."""
+
+
+def _export(compiled: Compiled, kept: Path) -> None:
+    """Keep a compiled model, where OpenVINO can hand it out."""
+    try:
+        content = compiled.model.export_model().getbuffer()
+    except RuntimeError as error:
+        _log.info("%s: OpenVINO does not hand it out (%s)", kept, reason(error))
+        return
+    ports = [[dataclasses.asdict(p) for p in ps] for ps in (compiled.inputs, compiled.outputs)]
+    keep(kept, json.dumps(ports).encode(), b"\n", content)
+
+
+def _ports_from_json(ports: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(**{**port, "shape": tuple(port["shape"])}) for port in ports)
+
+
+def _read(path: Path) -> Any:
+    """Return OpenVINO's model of an ONNX file.
+
+    By the ONNX frontend alone: `Core.read_model` would offer a broken file to all others too,
+    which write to standard error what they think of it.
+    Raises: CorruptArtifact.
+    """
+    from openvino.frontend import FrontEndManager
+
+    frontend = FrontEndManager().load_by_framework("onnx")
+    try:
+        model = frontend.convert(frontend.load(str(path)))
+        problem = None if model.outputs else "it holds no graph"
+    except Exception as error:  # a frontend's errors and the core's share no base
+        problem = reason(error)
+    if problem:
+        raise CorruptArtifact(
+            f"{path}: not a whole ONNX model (OpenVINO: {problem}). Export it again."
+        )
+    return model
+
+
+def _has_small_ffn(model: Any) -> bool:
+    """Return whether OpenVINO 2026.4 would crash when it compiles the model in float32.
+
+    It does (SIGSEGV) where it makes one "snippet" of linear, GELU, linear and a residual sum of
+    two, all of up to 16 rows and 256 hidden units; it leaves larger ones as they are.
+    """
+    return any(
+        op.get_type_name() == "Gelu"
+        and op.get_output_partial_shape(0).is_static
+        and op.get_output_shape(0)[-1] <= _SNIPPET_HIDDEN
+        and np.prod(op.get_output_shape(0)[:-1]) <= _SNIPPET_ROWS
+        for op in model.get_ops()
+    )
+
+
+_SNIPPET_HIDDEN, _SNIPPET_ROWS = 256, 16
+
+
+def _name(port: Any, taps: tuple[str, ...]) -> str:
+    """Return what we call an output; its tensor may have aliases."""
+    names = port.get_names()
+    known = (LOGITS, *FEATURES, *taps)
+    return next((name for name in known if name in names), port.get_any_name())
+
+
+def _spec(port: Any, name: str) -> TensorSpec:
+    shape = tuple("?" if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
+    return TensorSpec(name, np.dtype(port.get_element_type().to_dtype()).name, shape)
+
+
+def reason(error: Exception) -> str:
+    """Return the last line of OpenVINO's stack of places, which says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
