@@ -202,9 +202,9 @@ class Author:
         """Return the matrix product, batched over leading axes."""
         return self.node("MatMul", (x, y), name)[0]
 
-    def softmax(self, x: Value, name: str) -> Value:
-        """Return the softmax over the last axis."""
-        return self.node("Softmax", (x,), name, axis=-1)[0]
+    def softmax(self, x: Value, name: str, axis: int = -1) -> Value:
+        """Return the softmax over an axis, the last one unless told."""
+        return self.node("Softmax", (x,), name, axis=axis)[0]
 
     def concat(self, values: Sequence[Value], axis: int, name: str) -> Value:
         """Return the values one after another along `axis`."""

@@ -16,6 +16,9 @@ TRACED_PRECISIONS = ("fp32", "bf16")
 """What a runtime can be asked to compute a traced graph in. int8 has to be written into a graph."""
 
 
+Keys = Literal["transposed", "rows"]
+
+
 @dataclass(frozen=True)
 class GraphForm:
     """A frozen choice of how conv-attention and the blocks around it are written.
@@ -23,7 +26,8 @@ class GraphForm:
     fold_context_ratio: with N tokens and C channels, where N >= ratio * C the context is taken
         as `(S X) Wv^T + bv` instead of `S V`. The rows of S sum to 1, so both are equal; the
         first needs no V of the class token, but one C x C x C product more.
-    transpose_keys: K^T is the transpose of a product, not a product of transposes.
+    keys: how S, the softmax of K over the tokens, is taken. "transposed": along the rows of
+        K^T = Wk X^T; "rows": down the columns of K = X Wk^T, and what reads it takes the transpose.
     fold_norm: the affine part of a LayerNorm moves into the layers that read it: by their weights
         and biases ("bias"), or so that they need no bias ("channel"), which pays where a bias is
         a pass of its own (`folds`). None leaves it with the norm.
@@ -40,7 +44,7 @@ class GraphForm:
     """
 
     fold_context_ratio: float = 2.0
-    transpose_keys: bool = False
+    keys: Keys = "transposed"
     fold_norm: NormFold | None = None
     int8_from: int | None = None
     join_ffn_to: float = 0.0
@@ -62,8 +66,8 @@ FORMS: Mapping[str, Mapping[str, GraphForm]] = {
         "int8": GraphForm(int8_from=64),
     },
     "openvino": {
-        "fp32": GraphForm(fold_norm="bias", transpose_keys=True, resize_layout="nchw"),
-        "bf16": GraphForm(fold_norm="bias", join_ffn_to=8, resize_layout="nchw"),
+        "fp32": GraphForm(keys="rows", fold_norm="bias", resize_layout="nchw"),
+        "bf16": GraphForm(keys="rows", fold_norm="bias", join_ffn_to=8, resize_layout="nchw"),
     },
 }
 """The authored form of each target that takes ONNX, by precision."""

@@ -33,7 +33,7 @@ FORM_CHOICES = {
     "norm-in-channel": GraphForm(fold_norm="channel"),
     "norm-in-bias": GraphForm(fold_norm="bias"),
     "ffn-by-image": GraphForm(scan_ffn_from=0),
-    "keys-transposed": GraphForm(transpose_keys=True),
+    "keys-as-rows": GraphForm(keys="rows"),
     "ffn-joined": GraphForm(join_ffn_to=math.inf),
     "all-of-it": GraphForm(fold_norm="channel", join_ffn_to=0.5, scan_ffn_from=10),
 }
