@@ -38,7 +38,8 @@ class LoadOptions:
     `threads`: compute threads; None leaves the runtime's default (one a core).
     `streams`: requests that are computed at once. They share the threads, `stream_threads` each,
     and the runner may then be called from so many Python threads at a time.
-    `batch`: images that runs will mostly bring, for a runtime that prepares for a number of them.
+    `batch`: images that runs will mostly bring, for a runtime that prepares for a number of them;
+    others are taken too.
     `precision`: what the runtime should compute in, where it decides (OpenVINO).
     `compile`: eager only, `torch.compile`.
     `features`: eager only, the maps x1..x4 instead of logits.

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU, in float32 or bfloat16.
 
-Each image of a batch is a request of its own, several of them at once: OpenVINO is quicker so, and
-what comes out for an image is the same in every batch (docs/decisions/0010-one-image-a-request.md).
+A request has a known number of images, since OpenVINO is much quicker where it knows all shapes: as
+many as runs mostly bring, or one (docs/decisions/0010-known-shapes.md).
 """
 
 import importlib.metadata
@@ -48,12 +48,11 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
 
 
 class OpenVinoRunner(Closing):
-    """Runs a batch as one request an image; inputs and outputs are in host memory.
+    """Runs a batch in requests of `options.batch` images, and what is left over one by one.
 
-    Threads are divided among as many requests at once as there are images for, which takes a
-    compiled model for each number of them: that for batches of `options.batch` is there from the
-    beginning, others come with the first batch that wants them. With `options.streams`, there is
-    that one division for all.
+    Images one by one are several requests at once: threads are divided among as many as there are
+    images for, or `options.streams`. Each division takes a compiled model, made when a batch first
+    wants it. Inputs and outputs are in host memory.
     Raises: as `load`.
     """
 
@@ -63,41 +62,57 @@ class OpenVinoRunner(Closing):
         self._compiler, self._options = compiler, options
         self._lanes: dict[int, Lanes] = {}
         self._adding = threading.Lock()
-        first = self._lanes_for(options.batch).compiled
+        self._whole: Lanes | None = None
+        if options.batch > 1:
+            compiled = compiler.compile(options.streams, options.batch)
+            if compiled.batch > 1:
+                self._whole = Lanes(compiled, options.streams, queued=options.streams > 1)
+        first = (self._whole or self._one_by_one(options.batch)).compiled
         self.inputs, self.outputs = first.inputs, first.outputs
 
     def close(self) -> None:
         """Free the requests and the compiled models."""
-        del self._lanes, self._compiler
+        del self._lanes, self._whole, self._compiler
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
         """Return the outputs and taps by name. Raises RunnerError when OpenVINO refuses."""
         pixels = accept(pixels, self.inputs[0], self.target)
-        return self._run(self._lanes_for(len(pixels)), pixels)
+        return self._run(self._divided(pixels))
 
     def bind(self, pixels: Pixels) -> Callable[[], Mapping[str, Array]]:
         """Return a step that runs `pixels`, in requests of its own."""
         pixels = accept(pixels, self.inputs[0], self.target)
-        shared = self._lanes_for(len(pixels))
-        own = Lanes(shared.compiled, min(shared.count, len(pixels)), queued=shared.queued)
-        return lambda: self._run(own, pixels)
+        own = [(lanes.copy(len(part)), part) for lanes, part in self._divided(pixels)]
+        return lambda: self._run(own)
 
-    def _run(self, lanes: "Lanes", pixels: Pixels) -> dict[str, Array]:
-        try:
-            parts = list(lanes.run(pixels))
-        except RuntimeError as error:
-            raise RunnerError(f"openvino: {reason(error)} (input {pixels.shape}).") from error
-        columns = zip(*parts, strict=True)
+    def _run(self, parts: Sequence[tuple["Lanes", Pixels]]) -> dict[str, Array]:
+        found: list[Sequence[Array]] = []
+        for lanes, pixels in parts:
+            try:
+                found += lanes.run(pixels)
+            except RuntimeError as error:
+                raise RunnerError(f"openvino: {reason(error)} (input {pixels.shape}).") from error
+        columns = zip(*found, strict=True)
         return {
             spec.name: column[0] if len(column) == 1 else np.concatenate(column)
             for spec, column in zip(self.outputs, columns, strict=True)
         }
 
-    def _lanes_for(self, batch: int) -> "Lanes":
-        """Return the requests among which a batch of this size is divided."""
+    def _divided(self, pixels: Pixels) -> list[tuple["Lanes", Pixels]]:
+        """Return the parts of a batch, each with the requests that it goes through."""
+        parts, done = [], 0
+        if self._whole and len(pixels) >= self._options.batch:
+            done = len(pixels) // self._options.batch * self._options.batch
+            parts.append((self._whole, pixels[:done]))
+        if done < len(pixels):
+            parts.append((self._one_by_one(len(pixels) - done), pixels[done:]))
+        return parts
+
+    def _one_by_one(self, images: int) -> "Lanes":
+        """Return the requests of one image each among which so many are divided."""
         count = self._options.streams
         if count == 1:
-            count = division(self._options.threads or usable_threads(), batch)
+            count = division(self._options.threads or usable_threads(), images)
         with self._adding:
             if count not in self._lanes:
                 compiled = self._compiler.compile(count)
@@ -118,21 +133,27 @@ class Lanes:
         for _ in range(count):
             self._idle.put(compiled.model.create_infer_request())
 
+    def copy(self, images: int) -> "Lanes":
+        """Return other requests of the model, as many as so many images can use."""
+        used = -(-images // self.compiled.batch)
+        return Lanes(self.compiled, min(self.count, used), queued=self.queued)
+
     def run(self, pixels: Pixels) -> Iterator[Sequence[Array]]:
-        """Yield the outputs of each image, in order; several Python threads may do so at once."""
+        """Yield the outputs of each request, in order; several Python threads may do so at once."""
+        batch = self.compiled.batch
         under_way: deque[Any] = deque()
         try:
-            for i in range(len(pixels)):
+            for i in range(0, len(pixels), batch):
                 # Whoever holds a request finishes it before waiting for another's.
                 if under_way and self._idle.empty():
                     yield self._finish(under_way.popleft())
                 request = self._idle.get()
-                image = [pixels[i : i + 1]]
+                images = [pixels[i : i + batch]]
                 try:
                     if self.queued:
-                        request.start_async(image, share_inputs=True)
+                        request.start_async(images, share_inputs=True)
                     else:
-                        request.infer(image, share_inputs=True, share_outputs=True)
+                        request.infer(images, share_inputs=True, share_outputs=True)
                 except RuntimeError:
                     self._idle.put(request)
                     raise
@@ -155,9 +176,9 @@ class Lanes:
             self._idle.put(request)
 
 
-def division(threads: int, batch: int) -> int:
-    """Return among how many requests at once the threads are divided for a batch.
+def division(threads: int, images: int) -> int:
+    """Return among how many requests at once the threads are divided.
 
     As many as there are images for, and so that all get as many threads.
     """
-    return max(n for n in range(1, min(threads, batch) + 1) if threads % n == 0)
+    return max(n for n in range(1, min(threads, images) + 1) if threads % n == 0)

@@ -1,6 +1,6 @@
 """OpenVINO's compiled models: made from an ONNX file, or taken from where they were kept.
 
-A model is compiled for one image at a time (docs/decisions/0010-one-image-a-request.md).
+A model is compiled for a known number of images (docs/decisions/0010-known-shapes.md).
 
 What it compiled may be kept (`LoadOptions.cache`) and is then loaded without reading the ONNX
 file. We export and import the compiled model ourselves: OpenVINO's own cache (`CACHE_DIR`) reads
@@ -31,16 +31,17 @@ TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model that takes one image, with the ports of its file, which take a batch."""
+    """A compiled model that takes `batch` images, with the ports of its file, which take any."""
 
     model: Any
+    batch: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """Compiles one ONNX file for the CPU, for any number of streams.
+    """Compiles one ONNX file for the CPU, for any number of streams and images.
 
     `threads`: of all streams together; None leaves them to OpenVINO, for one stream. `cache`: a
     folder of this file's content alone, where to keep what was compiled. With `taps` nothing is
@@ -53,18 +54,20 @@ class Compiler:
     taps: tuple[str, ...] = ()
     cache: Path | None = None
 
-    def compile(self, streams: int) -> Compiled:
+    def compile(self, streams: int, batch: int = 1) -> Compiled:
         """Return the model, its threads divided among `streams` requests at once.
 
+        batch: images of a request. The model takes one where more would not be safe, which is
+            where the size is open, or OpenVINO errs.
         Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
         OpenVINO does not take, PrecisionMissing on a CPU that would compute in another precision.
         """
         settings = self._settings(streams)
         kept = None
         if self.cache and not self.taps:
-            kept = self.cache / self._kept_name(settings)
+            kept = self.cache / self._kept_name(settings, batch)
         found = self._import(kept, settings) if kept else None
-        compiled = found or self._compile(settings)
+        compiled = found or self._compile(settings, batch)
         self._check_precision(compiled.model)
         if kept and not found:
             _export(compiled, kept)
@@ -88,14 +91,17 @@ class Compiler:
             settings["INFERENCE_NUM_THREADS"] = self.threads
         return settings
 
-    def _compile(self, settings: Mapping[str, Any]) -> Compiled:
+    def _compile(self, settings: Mapping[str, Any], batch: int) -> Compiled:
         model = _read(self.path)
         try:
             model.add_outputs(list(self.taps))
             inputs = (_spec(model.inputs[0], INPUT),)
             # Named now: compiling joins equal tensors, and an output then bears their names too.
             outputs = tuple(_spec(port, _name(port, self.taps)) for port in model.outputs)
-            model.reshape([1, *list(model.inputs[0].get_partial_shape())[1:]])
+            _set_batch(model, batch)
+            if batch > 1 and not _takes_batches(model):
+                batch = 1
+                _set_batch(model, batch)
         except RuntimeError as error:
             raise RunnerError(f"{self.path}: {reason(error)}") from error
         # Whatever precision is asked for: a CPU without bfloat16 would be given float32.
@@ -107,7 +113,7 @@ class Compiler:
             raise RunnerError(
                 f"{self.path}: OpenVINO does not compile it ({reason(error)})."
             ) from error
-        return Compiled(compiled, inputs, outputs)
+        return Compiled(compiled, batch, inputs, outputs)
 
     def _check_precision(self, model: Any) -> None:
         computed = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -118,7 +124,7 @@ class Compiler:
                 "the fp32 artifact."
             )
 
-    def _kept_name(self, settings: Mapping[str, Any]) -> str:
+    def _kept_name(self, settings: Mapping[str, Any], batch: int) -> str:
         """Return a name of all that a compiled model depends on besides its file."""
         import openvino
 
@@ -126,7 +132,8 @@ class Compiler:
             self._core.get_property("CPU", name)
             for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES", "RANGE_FOR_STREAMS")
         ]
-        key = json.dumps([_KEPT_FORMAT, openvino.get_version(), cpu, settings], sort_keys=True)
+        parts = [_KEPT_FORMAT, openvino.get_version(), cpu, settings, batch]
+        key = json.dumps(parts, sort_keys=True)
         return f"{sha256_bytes(key.encode())}{SUFFIX}"
 
     def _import(self, kept: Path, settings: Mapping[str, Any]) -> Compiled | None:
@@ -136,8 +143,10 @@ class Compiler:
             return None
         head, _, content = content.partition(b"\n")
         try:
-            inputs, outputs = map(_ports_from_json, json.loads(head))
-            return Compiled(self._core.import_model(content, "CPU", settings), inputs, outputs)
+            batch, *ports = json.loads(head)
+            inputs, outputs = map(_ports_from_json, ports)
+            model = self._core.import_model(content, "CPU", settings)
+            return Compiled(model, batch, inputs, outputs)
         except (RuntimeError, ValueError, TypeError) as error:
             _log.info("%s: OpenVINO does not take it (%s); compiling anew", kept, reason(error))
             return None
@@ -155,7 +164,7 @@ def _export(compiled: Compiled, kept: Path) -> None:
         _log.info("%s: OpenVINO does not hand it out (%s)", kept, reason(error))
         return
     ports = [[dataclasses.asdict(p) for p in ps] for ps in (compiled.inputs, compiled.outputs)]
-    keep(kept, json.dumps(ports).encode(), b"\n", content)
+    keep(kept, json.dumps([compiled.batch, *ports]).encode(), b"\n", content)
 
 
 def _ports_from_json(ports: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
@@ -182,6 +191,24 @@ def _read(path: Path) -> Any:
             f"{path}: not a whole ONNX model (OpenVINO: {problem}). Export it again."
         )
     return model
+
+
+def _set_batch(model: Any, batch: int) -> None:
+    model.reshape([batch, *list(model.inputs[0].get_partial_shape())[1:]])
+
+
+def _takes_batches(model: Any) -> bool:
+    """Return whether OpenVINO 2026.4 computes every image of a batch right.
+
+    In bfloat16 it does not, in batches of three and more, where a convolution of stride 2 leaves a
+    column of three over and makes one of them: images 48 to 63 pixels wide. So none is wider than
+    high by so much that its last map is a column.
+    """
+    return all(
+        op.get_output_partial_shape(0).is_static and op.get_output_shape(0)[-1] > 1
+        for op in model.get_ops()
+        if op.get_type_name() in ("Convolution", "GroupConvolution")
+    )
 
 
 def _has_small_ffn(model: Any) -> bool:

@@ -131,7 +131,7 @@ def evaluate(
     images = open_split(data, split, options)
     title = f"evaluating {opened.name}"
     with (
-        open_source(source, LoadOptions(threads=threads)) as runner,
+        open_source(source, LoadOptions(threads=threads, batch=batch)) as runner,
         console.progress_bar(title, min(limit or len(images), len(images))) as advance,
     ):
         found = run(

@@ -50,7 +50,8 @@ def predict(
     from coat_deploy.repository import Repository, read_labels
     from coat_deploy.runner import LOGITS, LoadOptions
 
-    found = find(images, console.counts(batch, "batch", 1024))
+    batches = console.counts(batch, "batch", 1024)
+    found = find(images, batches)
     opened = Repository.open(models).find(model)
     if not opened.spec.num_classes:
         raise UsageError(f"{opened.folder}: has no classifier (num_classes is 0).")
@@ -60,7 +61,7 @@ def predict(
     labels = read_labels(opened.spec)
     predictions: list[dict[str, Any]] = []
     with (
-        open_source(source, LoadOptions(threads=threads)) as runner,
+        open_source(source, LoadOptions(threads=threads, batch=max(batches))) as runner,
         console.progress_bar("predicting", len(found.found)) as advance,
     ):
         for part in found.batches(opened.spec.preprocess.at(source.size)):

@@ -274,7 +274,7 @@ def test_weights_that_are_not_whole_beside_the_graph_are_refused(model, tmp_path
     assert "\n" not in str(caught.value)
 
 
-# A request an image
+# Known numbers of images
 
 
 def test_an_image_gets_the_same_answer_in_every_batch(fixed, dynamic, pixels) -> None:
@@ -284,6 +284,42 @@ def test_an_image_gets_the_same_answer_in_every_batch(fixed, dynamic, pixels) ->
             alone = np.concatenate([runner.run(x[i : i + 1])["logits"] for i in range(7)])
             for batch in (2, 3, 7):
                 assert np.abs(runner.run(x[:batch])["logits"] - alone[:batch]).max() < 1e-6
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4, 7])
+def test_a_runner_for_a_batch_takes_others_too(fixed, pixels, batch) -> None:
+    x = pixels(7)
+    with openvino.load(fixed, OPTIONS) as runner:
+        expected = runner.run(x)["logits"]
+    with openvino.load(fixed, LoadOptions(threads=2, batch=batch)) as runner:
+        assert runner.inputs[0].shape == ("?", 3, 64, 64)
+        for count in (7, 1, batch, 2 * batch - 1):
+            got = runner.run(x[:count])["logits"]
+            assert np.abs(got - expected[:count]).max() < 1e-6
+            (got,) = runner.bind(x[:count])().values()
+            assert np.abs(got - expected[:count]).max() < 1e-6
+
+
+def test_a_batch_is_known_where_it_is_safe(model, dynamic, tmp_path) -> None:
+    """Not of open sizes, and not where the last map is a column (which OpenVINO gets wrong)."""
+    for size, batch in (((64, 64), 3), ((64, 52), 1), ((64, 40), 1), ((52, 64), 3)):
+        path = model.write_graph(tmp_path, size=size, target="openvino")
+        assert openvino_compile.Compiler(path, "fp32", 1).compile(1, 3).batch == batch
+    assert openvino_compile.Compiler(dynamic, "fp32", 1).compile(1, 3).batch == 1
+
+
+@pytest.mark.parametrize("size", [(64, 52), (97, 63), (131, 52), (64, 64), (52, 97)])
+def test_bf16_is_right_at_every_size_in_every_batch(
+    nano, pixels, tmp_path, computes_bf16, size
+) -> None:
+    if not computes_bf16:
+        pytest.skip("needs a CPU with AMX-BF16 or AVX512-BF16")
+    path, x = nano.write_graph(tmp_path, size=size, target="openvino"), pixels(5, size)
+    with openvino.load(path, OPTIONS) as runner:
+        expected = runner.run(x)["logits"]
+    with openvino.load(path, LoadOptions(threads=2, precision="bf16", batch=5)) as runner:
+        got = runner.run(x)["logits"]
+    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.999
 
 
 @pytest.mark.parametrize(
@@ -304,10 +340,12 @@ def test_models_are_compiled_for_the_batches_that_come(fixed, pixels, monkeypatc
     monkeypatch.setattr(openvino_package.Core, "compile_model", note)
     with openvino.load(fixed, LoadOptions(threads=2, batch=5)) as runner:
         runner.run(pixels(8))
-        assert told == [2]
+        assert told == [1, 2]  # five together, and three one by one
+        runner.run(pixels(10))
+        assert told == [1, 2]
         for batch in (1, 3, 1):
             runner.run(pixels(batch))
-        assert told == [2, 1]
+        assert told == [1, 2, 1]
 
 
 def test_a_batch_that_fails_leaves_all_requests_free(fixed, pixels, monkeypatch) -> None:
@@ -479,6 +517,6 @@ def test_a_runtime_that_hands_nothing_out_is_used_all_the_same(fixed, tmp_path) 
         def export_model(self) -> None:
             raise RuntimeError("not implemented")
 
-    compiled = openvino_compile.Compiled(Closed(), (), ())
+    compiled = openvino_compile.Compiled(Closed(), 1, (), ())
     openvino_compile._export(compiled, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
