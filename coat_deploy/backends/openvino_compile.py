@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,6 @@ class Compiler:
             _export(compiled, kept)
         return compiled
 
-    @cached_property
-    def _core(self) -> Any:
-        import openvino
-
-        return openvino.Core()
-
     def _settings(self, streams: int) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": TYPES[self.precision],
@@ -108,7 +102,7 @@ class Compiler:
         if _has_small_ffn(model):
             settings = {**settings, "SNIPPETS_MODE": "DISABLE"}
         try:
-            compiled = self._core.compile_model(model, "CPU", settings)
+            compiled = _core().compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise RunnerError(
                 f"{self.path}: OpenVINO does not compile it ({reason(error)})."
@@ -129,7 +123,7 @@ class Compiler:
         import openvino
 
         cpu = [
-            self._core.get_property("CPU", name)
+            _core().get_property("CPU", name)
             for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES", "RANGE_FOR_STREAMS")
         ]
         parts = [_KEPT_FORMAT, openvino.get_version(), cpu, settings, batch]
@@ -145,11 +139,23 @@ class Compiler:
         try:
             batch, *ports = json.loads(head)
             inputs, outputs = map(_ports_from_json, ports)
-            model = self._core.import_model(content, "CPU", settings)
+            model = _core().import_model(content, "CPU", settings)
             return Compiled(model, batch, inputs, outputs)
         except (RuntimeError, ValueError, TypeError) as error:
             _log.info("%s: OpenVINO does not take it (%s); compiling anew", kept, reason(error))
             return None
+
+
+@cache
+def _core() -> Any:
+    """Return OpenVINO's core, one for the whole process and until its end.
+
+    For matrix units (AMX) it gives the thread that compiles a stack for signals, and frees it with
+    itself: the next Ctrl-C would then be written into memory of somebody else, or nobody.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 _KEPT_FORMAT = 2
