@@ -281,7 +281,8 @@ def test_what_was_compiled_is_kept_for_the_next_opening(compiled, monkeypatch):
     folder, kept = compiled
     opened(folder, OPENVINO).close()
     assert len(list(kept.iterdir())) == 1
-    monkeypatch.setattr("coat_deploy.backends.openvino_compile._read", None)  # calling it would fail
+    # Calling it would fail.
+    monkeypatch.setattr("coat_deploy.backends.openvino_compile._read", None)
     with opened(folder, OPENVINO) as runner:
         assert runner.run(np.zeros((2, 3, 64, 64), np.float32))["logits"].shape == (2, 10)
 
