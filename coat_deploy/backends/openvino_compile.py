@@ -98,8 +98,7 @@ class Compiler:
                 _set_batch(model, batch)
         except RuntimeError as error:
             raise RunnerError(f"{self.path}: {reason(error)}") from error
-        # Whatever precision is asked for: a CPU without bfloat16 would be given float32.
-        if _has_small_ffn(model):
+        if self._computes_fp32() and _has_small_ffn(model):
             settings = {**settings, "SNIPPETS_MODE": "DISABLE"}
         try:
             compiled = _core().compile_model(model, "CPU", settings)
@@ -108,6 +107,12 @@ class Compiler:
                 f"{self.path}: OpenVINO does not compile it ({reason(error)})."
             ) from error
         return Compiled(compiled, batch, inputs, outputs)
+
+    def _computes_fp32(self) -> bool:
+        """Return whether OpenVINO will compute in float32, asked to or for lack of bfloat16."""
+        return self.precision == "fp32" or "BF16" not in _core().get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        )
 
     def _check_precision(self, model: Any) -> None:
         computed = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -206,15 +211,19 @@ def _set_batch(model: Any, batch: int) -> None:
 def _takes_batches(model: Any) -> bool:
     """Return whether OpenVINO 2026.4 computes every image of a batch right.
 
-    In bfloat16 it does not, in batches of three and more, where a convolution of stride 2 leaves a
-    column of three over and makes one of them: images 48 to 63 pixels wide. So none is wider than
-    high by so much that its last map is a column.
+    In bfloat16 it does not, in batches of three and more, where a convolution of stride 2 makes a
+    map one column wide of one of three. A model with such a map, or one whose width is not known,
+    is given one image at a time, in float32 too.
     """
     return all(
         op.get_output_partial_shape(0).is_static and op.get_output_shape(0)[-1] > 1
         for op in model.get_ops()
         if op.get_type_name() in ("Convolution", "GroupConvolution")
     )
+
+
+_SNIPPET_HIDDEN, _SNIPPET_ROWS = 256, 16
+"""The largest linear, GELU, linear that OpenVINO makes one "snippet" of, or crashes over."""
 
 
 def _has_small_ffn(model: Any) -> bool:
@@ -230,9 +239,6 @@ def _has_small_ffn(model: Any) -> bool:
         and np.prod(op.get_output_shape(0)[:-1]) <= _SNIPPET_ROWS
         for op in model.get_ops()
     )
-
-
-_SNIPPET_HIDDEN, _SNIPPET_ROWS = 256, 16
 
 
 def _name(port: Any, taps: tuple[str, ...]) -> str:

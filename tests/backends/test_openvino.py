@@ -44,6 +44,12 @@ def computes_bf16() -> bool:
     return "BF16" in capabilities
 
 
+@pytest.fixture
+def needs_bf16(computes_bf16) -> None:
+    if not computes_bf16:
+        pytest.skip("needs a CPU with AMX-BF16 or AVX512-BF16")
+
+
 def test_the_runner_computes_the_network(model, runner, pixels, distance) -> None:
     for batch in (1, 3, 8, 1):
         x = pixels(batch)
@@ -146,11 +152,8 @@ def test_threads_are_those_asked_for(fixed, threads) -> None:
 # bfloat16
 
 
-def test_bf16_agrees_with_the_network_within_its_precision(
-    model, fixed, pixels, computes_bf16
-) -> None:
-    if not computes_bf16:
-        pytest.skip("needs a CPU with AMX-BF16 or AVX512-BF16")
+@pytest.mark.usefixtures("needs_bf16")
+def test_bf16_agrees_with_the_network_within_its_precision(model, fixed, pixels) -> None:
     x = pixels(8)
     with openvino.load(fixed, BF16) as runner:
         got = runner.run(x)["logits"]
@@ -160,7 +163,7 @@ def test_bf16_agrees_with_the_network_within_its_precision(
     cosine = (
         (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
     )
-    assert cosine.min() > 0.998
+    assert cosine.min() > 0.999
     # 8 bits of precision: were it float32 in disguise, it would be nearer.
     assert np.abs(got - expected).max() > 1e-4
 
@@ -177,7 +180,9 @@ def test_a_precision_that_openvino_replaced_is_refused(fixed, monkeypatch) -> No
     compile_model = openvino_package.Core.compile_model
 
     def compile_as_float32(self, model, device, settings):
-        return compile_model(self, model, device, settings | {"INFERENCE_PRECISION_HINT": "f32"})
+        # Without snippets, in which float32 would crash (openvino_compile._has_small_ffn).
+        as_float32 = {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"}
+        return compile_model(self, model, device, settings | as_float32)
 
     monkeypatch.setattr(openvino_package.Core, "compile_model", compile_as_float32)
     with pytest.raises(PrecisionMissing) as caught:
@@ -308,12 +313,9 @@ def test_a_batch_is_known_where_it_is_safe(model, dynamic, tmp_path) -> None:
     assert openvino_compile.Compiler(dynamic, "fp32", 1).compile(1, 3).batch == 1
 
 
+@pytest.mark.usefixtures("needs_bf16")
 @pytest.mark.parametrize("size", [(64, 52), (97, 63), (131, 52), (64, 64), (52, 97)])
-def test_bf16_is_right_at_every_size_in_every_batch(
-    nano, pixels, tmp_path, computes_bf16, size
-) -> None:
-    if not computes_bf16:
-        pytest.skip("needs a CPU with AMX-BF16 or AVX512-BF16")
+def test_bf16_is_right_at_sizes_that_openvino_gets_wrong(nano, pixels, tmp_path, size) -> None:
     path, x = nano.write_graph(tmp_path, size=size, target="openvino"), pixels(5, size)
     with openvino.load(path, OPTIONS) as runner:
         expected = runner.run(x)["logits"]
@@ -458,9 +460,8 @@ def test_a_second_load_of_a_dynamic_graph_takes_any_size(
             assert distance(runner.run(x)["logits"], model.expected(x)["logits"]) < 1e-5
 
 
-def test_precisions_are_kept_apart(fixed, pixels, tmp_path, computes_bf16) -> None:
-    if not computes_bf16:
-        pytest.skip("needs a CPU with AMX-BF16 or AVX512-BF16")
+@pytest.mark.usefixtures("needs_bf16")
+def test_precisions_are_kept_apart(fixed, pixels, tmp_path) -> None:
     x, found = pixels(2), []
     for precision in ("fp32", "bf16") * 2:
         with openvino.load(fixed, cached(tmp_path, precision=precision)) as runner:
