@@ -40,6 +40,8 @@ class LoadOptions:
     and the runner may then be called from so many Python threads at a time.
     `batch`: images that runs will mostly bring, for a runtime that prepares for a number of them;
     others are taken too.
+    `whole_batches`: onnxruntime only, a batch is one request, as it is for who calls onnxruntime by
+    hand; else its images are divided among the threads.
     `precision`: what the runtime should compute in, where it decides (OpenVINO).
     `compile`: eager only, `torch.compile`.
     `features`: eager only, the maps x1..x4 instead of logits.
@@ -56,6 +58,7 @@ class LoadOptions:
     cache: Path | None = None
     streams: int = 1
     batch: int = 1
+    whole_batches: bool = False
 
     def __post_init__(self) -> None:
         if self.streams < 1:

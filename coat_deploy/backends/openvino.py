@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from coat_deploy.backends.division import rounds
+from coat_deploy.backends.file_stamp import FileStamp
 from coat_deploy.backends.openvino_compile import TYPES, Compiled, Compiler, reason
 from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import RunnerError, UsageError, unknown_name
@@ -60,6 +62,7 @@ class OpenVinoRunner(Closing):
 
     def __init__(self, compiler: Compiler, options: LoadOptions) -> None:
         self._compiler, self._options = compiler, options
+        self._stamp = FileStamp.of(compiler.path)
         self._lanes: dict[int, Lanes] = {}
         self._adding = threading.Lock()
         self._whole: Lanes | None = None
@@ -67,7 +70,7 @@ class OpenVinoRunner(Closing):
             compiled = compiler.compile(options.streams, options.batch)
             if compiled.batch > 1:
                 self._whole = Lanes(compiled, options.streams, queued=options.streams > 1)
-        first = (self._whole or self._one_by_one(options.batch)).compiled
+        first = (self._whole or self._one_by_one(self._rounds(options.batch)[0][0])).compiled
         self.inputs, self.outputs = first.inputs, first.outputs
 
     def close(self) -> None:
@@ -104,18 +107,24 @@ class OpenVinoRunner(Closing):
         if self._whole and len(pixels) >= self._options.batch:
             done = len(pixels) // self._options.batch * self._options.batch
             parts.append((self._whole, pixels[:done]))
-        if done < len(pixels):
-            parts.append((self._one_by_one(len(pixels) - done), pixels[done:]))
+        left = len(pixels) - done
+        for at_once, images in self._rounds(left) if left else []:
+            parts.append((self._one_by_one(at_once), pixels[done : done + images]))
+            done += images
         return parts
 
-    def _one_by_one(self, images: int) -> "Lanes":
-        """Return the requests of one image each among which so many are divided."""
-        count = self._options.streams
-        if count == 1:
-            count = division(self._options.threads or usable_threads(), images)
+    def _rounds(self, images: int) -> list[tuple[int, int]]:
+        """Return how many requests at once, and for how many images."""
+        if self._options.streams > 1:
+            return [(self._options.streams, images)]
+        return rounds(self._options.threads or usable_threads(), images)
+
+    def _one_by_one(self, count: int) -> "Lanes":
+        """Return so many requests of one image each, among which the threads are divided."""
         with self._adding:
             if count not in self._lanes:
                 compiled = self._compiler.compile(count)
+                self._stamp.check()
                 self._lanes[count] = Lanes(compiled, count, queued=count > 1)
             return self._lanes[count]
 
@@ -174,11 +183,3 @@ class Lanes:
             return [np.array(value, np.float32) for value in values]
         finally:
             self._idle.put(request)
-
-
-def division(threads: int, images: int) -> int:
-    """Return among how many requests at once the threads are divided.
-
-    As many as there are images for, and so that all get as many threads.
-    """
-    return max(n for n in range(1, min(threads, images) + 1) if threads % n == 0)

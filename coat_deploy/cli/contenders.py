@@ -121,7 +121,14 @@ class LineUp:
             if source is None:
                 continue
             compiled = entry.form == COMPILE
-            load = LoadOptions(threads=count, compile=compiled, streams=streams, batch=batch)
+            load = LoadOptions(
+                threads=count,
+                compile=compiled,
+                streams=streams,
+                batch=batch,
+                # What we are compared with is called as its users call it.
+                whole_batches=entry.form == TRACED,
+            )
             yield Contender(
                 name=entry.text,
                 target=entry.target,

@@ -4,7 +4,7 @@ A tensor is its name. A node's name is the path of the module it computes, so th
 viewer, a profile or an error leads to its line of the network.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NewType
 
@@ -209,30 +209,6 @@ class Author:
     def concat(self, values: Sequence[Value], axis: int, name: str) -> Value:
         """Return the values one after another along `axis`."""
         return self.node("Concat", values, name, axis=axis)[0]
-
-    def each_image(
-        self,
-        x: Value,
-        shape: Sequence[int | None],
-        compute: Callable[[Value], Value],
-        name: str,
-    ) -> Value:
-        """Return `compute` of every x[i] on its own, for `x` (B, *shape): one after another.
-
-        What `compute` authors becomes the body of a Scan; constants stay outside, stored once.
-        It must return a value of the shape of its argument.
-        """
-        outside, self._nodes = self._nodes, []
-        inner = Value(self._unique(self.path(f"{name}.one")))
-        result = compute(inner)
-        body = helper.make_graph(
-            self._nodes,
-            self.path(name),
-            [helper.make_tensor_value_info(inner, TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info(result, TensorProto.FLOAT, shape)],
-        )
-        self._nodes = outside
-        return self.node("Scan", (x,), name, body=body, num_scan_inputs=1)[0]
 
     def slice(self, x: Value, start: int, end: int, axis: int, name: str) -> Value:
         """Return the entries of `x` from `start` up to, and without, `end` along `axis`."""

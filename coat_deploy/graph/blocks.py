@@ -152,13 +152,7 @@ def norm_ffn(
         joined = rows(a, join_tokens(a, x, f"tokens{suffix}"), channels)
         joined = compute(joined, "", f"joined{suffix}")
         return part_tokens(a, joined, x.grid, f"image{suffix}", f"cls{suffix}")
-    if count >= form.scan_ffn_from:
-        images = a.reshape(x.image, x.grid.token_shape, f"images{suffix}")
-        shape = (x.grid.fixed and count, channels)
-        images = a.each_image(images, shape, lambda one: compute(one, "", "one"), f"ffn{suffix}")
-        image = a.reshape(images, a.integers(-1, channels), f"image{suffix}")
-    else:
-        image = compute(x.image, "", f"image{suffix}")
+    image = compute(x.image, "", f"image{suffix}")
     return Tokens(image, compute(x.cls, "_cls", f"cls{suffix}"), x.grid)
 
 

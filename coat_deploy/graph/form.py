@@ -1,6 +1,5 @@
 """Forms: how the one network is written for a runtime."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -36,8 +35,6 @@ class GraphForm:
         `fold_norm` by "channel".
     join_ffn_to: class and image tokens go through the FFN together, where the image's are at most
         so many times the channels: a product less, for a copy more. 0 keeps them apart.
-    scan_ffn_from: the FFN of at least so many image tokens is computed image by image, so that
-        its hidden layer, several times the tokens, stays in the cache when images are batched.
     resize_layout: where channels stand when parallel blocks resample: "nhwc" or "nchw". Not
         "nchw" for onnxruntime (tried with 1.32): its optimiser moves the Transpose before a
         Resize behind it, permutes the two sizes as if they were four, and refuses the graph.
@@ -48,7 +45,6 @@ class GraphForm:
     fold_norm: NormFold | None = None
     int8_from: int | None = None
     join_ffn_to: float = 0.0
-    scan_ffn_from: float = math.inf
     resize_layout: Literal["nhwc", "nchw"] = "nhwc"
 
     def __post_init__(self) -> None:
@@ -62,7 +58,7 @@ class GraphForm:
 
 FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     "onnxruntime": {
-        "fp32": GraphForm(fold_norm="channel", scan_ffn_from=700),
+        "fp32": GraphForm(fold_norm="channel"),
         "int8": GraphForm(int8_from=64),
     },
     "openvino": {

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import save_file
 
 from coat_deploy.graph.coat import GraphOptions, author_graph
-from coat_deploy.graph.form import get_form
+from coat_deploy.graph.form import GraphForm, get_form
 from coat_deploy.graph.serialise import serialise
 from coat_deploy.network.coat import create_network
 from coat_deploy.network.variants import get_variant
@@ -47,11 +47,11 @@ class ModelFolder:
         target: str = "onnxruntime",
         features: bool = False,
         limit: int | None = None,
+        form: GraphForm | None = None,
     ) -> Path:
         """Write the authored graph of a target into `folder`; return its path."""
-        graph = author_graph(
-            self.spec, self.weights, get_form(target, "fp32"), GraphOptions(size, features)
-        )
+        form = form or get_form(target, "fp32")
+        graph = author_graph(self.spec, self.weights, form, GraphOptions(size, features))
         files = serialise(graph, "toy.onnx", *([limit] if limit else []))
         for file, content in files.items():
             (folder / file).write_bytes(content)

@@ -1,12 +1,15 @@
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from coat_deploy.backends import eager, onnxruntime
 from coat_deploy.errors import CorruptArtifact, RunnerError
+from coat_deploy.graph.form import GraphForm
 from coat_deploy.graph.taps import block_taps
 from coat_deploy.runner import LoadOptions, TensorSpec
 
@@ -21,6 +24,11 @@ def fixed(model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def dynamic(model, tmp_path_factory) -> Path:
     return model.write_graph(tmp_path_factory.mktemp("dynamic"), size=None)
+
+
+@pytest.fixture(scope="module")
+def int8(model, tmp_path_factory) -> Path:
+    return model.write_graph(tmp_path_factory.mktemp("int8"), form=GraphForm(int8_from=0))
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +116,100 @@ def test_threads_do_not_change_the_answer(fixed, runner, pixels, distance, threa
         assert distance(other.run(x)["logits"], runner.run(x)["logits"]) < 1e-6
 
 
-def test_the_session_has_the_threads_asked_for(fixed) -> None:
-    for threads in (1, 3):
-        with onnxruntime.load(fixed, LoadOptions(threads=threads)) as other:
-            assert other._session.get_session_options().intra_op_num_threads == threads
+@pytest.fixture
+def pools(monkeypatch) -> list[int]:
+    """The threads of every session that is opened."""
+    opened, create = [], ort.InferenceSession
+
+    def note(source, settings, providers):
+        opened.append(settings.intra_op_num_threads)
+        return create(source, settings, providers=providers)
+
+    monkeypatch.setattr(ort, "InferenceSession", note)
+    return opened
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_image_gets_the_threads_asked_for(fixed, pixels, pools, threads) -> None:
+    with onnxruntime.load(fixed, LoadOptions(threads=threads)) as other:
+        other.run(pixels(1))
+    assert pools == [threads]
+
+
+# Image by image
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "images", "opened"),
+    [
+        (1, 8, 8, [1]),  # one caller
+        (2, 8, 8, [1]),  # two callers, and no pool
+        (2, 1, 3, [2, 1]),  # two callers, then one with a pool of one
+        (4, 1, 2, [4, 3]),  # two callers and a pool of two
+        (4, 7, 7, [1, 3]),  # four callers, then two and a pool of two
+    ],
+)
+def test_callers_and_the_pool_are_all_the_threads_there_are(
+    fixed, pixels, pools, threads, batch, images, opened
+) -> None:
+    """A pool has one thread less than its session is opened with, as the caller works, too."""
+    with onnxruntime.load(fixed, LoadOptions(threads=threads, batch=batch)) as other:
+        other.run(pixels(images))
+        other.run(pixels(images))
+    assert pools == opened
+
+
+def test_an_image_gets_the_same_answer_in_every_batch(int8, pixels) -> None:
+    """In int8, too, where a range of the whole batch would make them differ."""
+    x = pixels(7) * np.linspace(0.5, 4, 7, dtype=np.float32)[:, None, None, None]
+    with onnxruntime.load(int8, LoadOptions(threads=2)) as runner:
+        alone = np.concatenate([runner.run(x[i : i + 1])["logits"] for i in range(7)])
+        for batch in (2, 3, 7):
+            assert np.array_equal(runner.run(x[:batch])["logits"], alone[:batch])
+
+
+def test_a_whole_batch_is_one_request(int8, fixed, pixels, distance) -> None:
+    x = pixels(7) * np.linspace(0.5, 4, 7, dtype=np.float32)[:, None, None, None]
+    whole = LoadOptions(threads=2, batch=7, whole_batches=True)
+    for path, same in ((fixed, True), (int8, False)):
+        with (
+            onnxruntime.load(path, whole) as runner,
+            onnxruntime.load(path, LoadOptions(threads=2)) as other,
+        ):
+            got, expected = (each.run(x)["logits"] for each in (runner, other))
+        assert (distance(got, expected) < 1e-6) == same
+
+
+def test_a_request_that_fails_ends_the_batch(fixed, pixels, monkeypatch) -> None:
+    with onnxruntime.load(fixed, LoadOptions(threads=2, batch=8)) as runner:
+        expected = runner.run(pixels(8))["logits"]
+        request, calls = onnxruntime.OnnxRuntimeRunner._request, itertools.count()
+
+        def fail_third(self, session, images):
+            if next(calls) == 2:
+                raise RunnerError("broken")
+            return request(self, session, images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(onnxruntime.OnnxRuntimeRunner, "_request", fail_third)
+            with pytest.raises(RunnerError, match="broken"):
+                runner.run(pixels(8))
+        assert next(calls) < 8
+        assert np.array_equal(runner.run(pixels(8))["logits"], expected)
+
+
+def test_another_file_in_the_place_of_the_first_is_not_taken_for_it(
+    model, pixels, tmp_path
+) -> None:
+    path = model.write_graph(tmp_path)
+    with onnxruntime.load(path, LoadOptions(threads=2)) as runner:
+        path.write_bytes(path.read_bytes())
+        runner.run(pixels(1))
+        with pytest.raises(RunnerError, match=r"toy\.onnx: another file than was loaded"):
+            runner.run(pixels(2))
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
@@ -219,10 +317,10 @@ def test_bound_steps_have_buffers_of_their_own(runner, fixed, pixels, distance, 
             assert max(distance(value[0], logits) for value in got) < 1e-6
 
 
-@pytest.mark.parametrize(("threads", "streams", "pool"), [(2, 1, 2), (2, 2, 1), (4, 2, 3)])
-def test_callers_and_the_sessions_pool_are_the_threads_there_are(
-    fixed, threads, streams, pool
+@pytest.mark.parametrize(("threads", "streams", "pool"), [(2, 2, 1), (4, 2, 3)])
+def test_streams_and_the_pool_are_all_the_threads_there_are(
+    fixed, pixels, pools, threads, streams, pool
 ) -> None:
     with onnxruntime.load(fixed, LoadOptions(threads=threads, streams=streams)) as other:
-        # The pool has one less than this, as the caller works, too.
-        assert other._session.get_session_options().intra_op_num_threads == pool
+        other.run(pixels(3))
+    assert pools == [pool]

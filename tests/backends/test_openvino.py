@@ -324,14 +324,6 @@ def test_bf16_is_right_at_sizes_that_openvino_gets_wrong(nano, pixels, tmp_path,
     assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.999
 
 
-@pytest.mark.parametrize(
-    ("threads", "batch", "requests"),
-    [(1, 8, 1), (2, 1, 1), (2, 2, 2), (2, 3, 2), (6, 4, 3), (6, 5, 3), (16, 8, 8), (16, 99, 16)],
-)
-def test_threads_are_divided_evenly_among_the_images(threads, batch, requests) -> None:
-    assert openvino.division(threads, batch) == requests
-
-
 def test_models_are_compiled_for_the_batches_that_come(fixed, pixels, monkeypatch) -> None:
     told, compile_model = [], openvino_package.Core.compile_model
 
@@ -342,12 +334,21 @@ def test_models_are_compiled_for_the_batches_that_come(fixed, pixels, monkeypatc
     monkeypatch.setattr(openvino_package.Core, "compile_model", note)
     with openvino.load(fixed, LoadOptions(threads=2, batch=5)) as runner:
         runner.run(pixels(8))
-        assert told == [1, 2]  # five together, and three one by one
-        runner.run(pixels(10))
-        assert told == [1, 2]
-        for batch in (1, 3, 1):
+        assert told == [1, 2, 1]  # five together, two at once, and one with all threads
+        for batch in (10, 1, 3, 4):
             runner.run(pixels(batch))
         assert told == [1, 2, 1]
+
+
+def test_another_file_in_the_place_of_the_first_is_not_taken_for_it(
+    model, pixels, tmp_path
+) -> None:
+    path = model.write_graph(tmp_path, target="openvino")
+    with openvino.load(path, LoadOptions(threads=2)) as runner:
+        path.write_bytes(path.read_bytes())
+        runner.run(pixels(1))
+        with pytest.raises(RunnerError, match=r"toy\.onnx: another file than was loaded"):
+            runner.run(pixels(2))
 
 
 def test_a_batch_that_fails_leaves_all_requests_free(fixed, pixels, monkeypatch) -> None:
@@ -364,7 +365,7 @@ def test_a_batch_that_fails_leaves_all_requests_free(fixed, pixels, monkeypatch)
 
         with monkeypatch.context() as patch:
             patch.setattr(openvino.Lanes, "_finish", fail_second)
-            with pytest.raises(RunnerError, match=r"openvino: broken .input \(5, 3, 64, 64\)"):
+            with pytest.raises(RunnerError, match=r"openvino: broken .input \(4, 3, 64, 64\)"):
                 runner.run(pixels(5))
         assert lanes._idle.qsize() == 2
         assert np.array_equal(runner.run(pixels(5))["logits"], expected)

@@ -32,10 +32,9 @@ FORM_CHOICES = {
     "resize-nchw": GraphForm(resize_layout="nchw"),
     "norm-in-channel": GraphForm(fold_norm="channel"),
     "norm-in-bias": GraphForm(fold_norm="bias"),
-    "ffn-by-image": GraphForm(scan_ffn_from=0),
     "keys-as-rows": GraphForm(keys="rows"),
     "ffn-joined": GraphForm(join_ffn_to=math.inf),
-    "all-of-it": GraphForm(fold_norm="channel", join_ffn_to=0.5, scan_ffn_from=10),
+    "all-of-it": GraphForm(fold_norm="channel", join_ffn_to=0.5),
 }
 ABLATIONS = [{"cpe": False}, {"crpe": False}, {"co_scale": "none"}, {"cpe": False, "crpe": False}]
 SIZES = [(64, 64), (75, 50), (33, 47), (32, 32), (250, 190)]
