@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from coat_deploy.graph.author import Author, Value
-from coat_deploy.graph.folds import head_mask, merge_windows
+from coat_deploy.graph.folds import Norm, head_mask, merge_windows, outer_bias
 from coat_deploy.graph.form import GraphForm
 from coat_deploy.graph.layer import Floats, Layer
 from coat_deploy.graph.tokens import Tokens, from_map, join_tokens, rows, to_map
@@ -43,6 +43,7 @@ def conv_attention(
     weights: Weights,
     path: str,
     x: Tokens,
+    norm: Norm,
     products: Sequence[Layer],
     crpe: str,
     form: GraphForm,
@@ -51,22 +52,20 @@ def conv_attention(
     """Return conv-attention with its output projection, of normed tokens.
 
     `path` leads to the attention's weights, `crpe` to the scale's shared encoding; `products`
-    are the layers of Q, K and V.
+    are the layers of Q, K and V behind `norm`.
     """
     channels, (q, k, v) = x.grid.channels, products
     mask = head_mask(channels, num_heads, (channels / num_heads) ** -0.5)
+    proj = read_linear(weights, f"{path}.proj", form)
     with a.scope("factoratt_crpe"):
         v_image = a.linear(x.image, v, "v")
         context = _context(a, x, k, v, v_image, mask, form)  # (B, C, C)
-        image = _attend_image(a, weights, x, q, v_image, context, crpe)
-        q_cls = a.linear(x.cls, q, "q_cls", key=a.path("q"))
-        q_cls = a.reshape(q_cls, a.integers(-1, 1, channels), "q_cls_token")
-        cls = rows(a, a.matmul(q_cls, context, "factor_att_cls"), channels)
-        proj = read_linear(weights, f"{path}.proj", form)
+        q_image = a.linear(x.image, q, "q")
+        ev = _encode(a, weights, x, q_image, v_image, crpe)
+        if q.bias is None and x.grid.num_tokens >= form.fold_proj_ratio * channels:
+            return _folded(a, x, q, context, ev, proj, outer_bias(norm, proj))
         return Tokens(
-            a.linear(image, proj, "proj"),
-            a.linear(cls, proj, "proj_cls", key=a.path("proj")),
-            x.grid,
+            _image(a, x, q_image, context, ev, proj), _class_token(a, x, q, context, proj), x.grid
         )
 
 
@@ -108,25 +107,58 @@ def _mask_name(mask: Floats) -> str:
     return f"head_mask_{mask.shape[0]}_{np.count_nonzero(mask[0])}"
 
 
-def _attend_image(
-    a: Author,
-    weights: Weights,
-    x: Tokens,
-    q: Layer,
-    v_image: Value,
-    context: Value,
-    crpe: str,
-) -> Value:
-    """Return conv-attention of the image rows, before the output projection."""
-    q_image = a.linear(x.image, q, "q")
-    tokens = a.reshape(q_image, x.grid.token_shape, "q_tokens")
-    factor_att = rows(a, a.matmul(tokens, context, "factor_att"), x.grid.channels)
+def _encode(
+    a: Author, weights: Weights, x: Tokens, q_image: Value, v_image: Value, crpe: str
+) -> Value | None:
+    """Return Q * DWConv(V) of the image rows; None in the ablation without CRPE."""
     windows = sorted(key for key in weights if key.startswith(f"{crpe}.conv_list."))
-    if not windows:  # the ablation without CRPE
-        return factor_att
+    if not windows:
+        return None
     weight = merge_windows([weights[key] for key in windows if key.endswith("weight")])
     bias = np.concatenate([weights[key] for key in windows if key.endswith("bias")])
     with a.scope("crpe"):
         encoded = a.depthwise(to_map(a, v_image, x.grid), weight, bias, "conv", key=crpe)
-        ev = a.mul(q_image, from_map(a, encoded, x.grid.channels), "ev")
-    return a.add(factor_att, ev, name="conv_att")
+        return a.mul(q_image, from_map(a, encoded, x.grid.channels), "ev")
+
+
+def _image(
+    a: Author, x: Tokens, q_image: Value, context: Value, ev: Value | None, proj: Layer
+) -> Value:
+    """Return the projected image rows: (Q context + EV) Wp^T + bp."""
+    tokens = a.reshape(q_image, x.grid.token_shape, "q_tokens")
+    image = rows(a, a.matmul(tokens, context, "factor_att"), x.grid.channels)
+    if ev is not None:
+        image = a.add(image, ev, name="conv_att")
+    return a.linear(image, proj, "proj")
+
+
+def _class_token(a: Author, x: Tokens, q: Layer, context: Value, proj: Layer) -> Value:
+    """Return the projected class tokens: (Q context) Wp^T + bp."""
+    channels = x.grid.channels
+    q_cls = a.linear(x.cls, q, "q_cls", key=a.path("q"))
+    q_cls = a.reshape(q_cls, a.integers(-1, 1, channels), "q_cls_token")
+    cls = rows(a, a.matmul(q_cls, context, "factor_att_cls"), channels)
+    return a.linear(cls, proj, "proj_cls", key=a.path("proj"))
+
+
+def _folded(
+    a: Author,
+    x: Tokens,
+    q: Layer,
+    context: Value,
+    ev: Value | None,
+    proj: Layer,
+    bias: Floats,
+) -> Tokens:
+    """Return projected tokens, Q and projection folded into the context: `fold_proj_ratio`."""
+    channels = x.grid.channels
+    matrix = a.constant(a.path("proj.weight"), proj.weight.T)
+    left = a.matmul(a.constant(a.path("q.weight_t"), q.weight.T), context, "q_context")
+    folded = a.matmul(left, matrix, "q_context_proj")
+    folded = a.add(folded, a.constant(a.path("proj.bias_row"), bias), name="q_context_proj_bias")
+    image_tokens = a.reshape(x.image, x.grid.token_shape, "image_tokens")
+    image = rows(a, a.matmul(image_tokens, folded, "factor_att_proj"), channels)
+    if ev is not None:
+        image = a.add(image, a.matmul(ev, matrix, "ev_proj"), name="proj")
+    cls_tokens = a.reshape(x.cls, a.integers(-1, 1, channels), "cls_token")
+    return Tokens(image, rows(a, a.matmul(cls_tokens, folded, "proj_cls"), channels), x.grid)

@@ -117,7 +117,7 @@ class Author:
     def _linear_int8(self, x: Value, layer: Layer, name: str, key: str) -> Value:
         """Return `s_x s_W (x_q - z) W_q^T + b`, in the standard operators that runtimes fuse.
 
-        `x` is quantized to 8 bits by its own range, that of the whole batch; once, whatever
+        `x` is quantized to 8 bits by its own range, over all images of a request; once, whatever
         the number of layers that read it.
         """
         if x not in self._quantized:

@@ -114,7 +114,9 @@ def norm_attend(
         a.layer_norm(x.cls, norm.gamma, norm.beta, LAYER_NORM_EPS, "norm1_cls"),
         x.grid,
     )
-    return conv_attention(a, weights, attention, normed, products, f"crpe{scale}", form, num_heads)
+    return conv_attention(
+        a, weights, attention, normed, norm, products, f"crpe{scale}", form, num_heads
+    )
 
 
 def norm_ffn(

@@ -124,6 +124,15 @@ def fold_norm_to_channel(norm: Norm, layers: Sequence[Layer]) -> tuple[Norm, lis
     return Norm(gamma, beta), folded
 
 
+def outer_bias(norm: Norm, layer: Layer) -> Floats:
+    """Return B (C, C_out) of xhat' B = 1 b^T: the bias of `layer` as a product.
+
+    `norm` is of `fold_norm_to_channel`: B has b in the row of the channel that is always 1.
+    """
+    assert norm.beta is not None and layer.bias is not None
+    return np.outer(norm.beta, layer.bias)
+
+
 def redundant_channel(gamma: Floats, weights: Sequence[Floats]) -> int:
     """Return the channel whose removal by `fold_norm_to_channel` lets errors grow least.
 

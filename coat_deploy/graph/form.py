@@ -1,5 +1,6 @@
 """Forms: how the one network is written for a runtime."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,9 @@ class GraphForm:
     fold_context_ratio: with N tokens and C channels, where N >= ratio * C the context is taken
         as `(S X) Wv^T + bv` instead of `S V`. The rows of S sum to 1, so both are equal; the
         first needs no V of the class token, but one C x C x C product more.
+    fold_proj_ratio: with N tokens and C channels, where N >= ratio * C, Q's product and the output
+        projection are folded into the context. With `fold_norm` by "channel" only: there the
+        biases come along for nothing.
     keys: how S, the softmax of K over the tokens, is taken. "transposed": along the rows of
         K^T = Wk X^T; "rows": down the columns of K = X Wk^T, and what reads it takes the transpose.
     fold_norm: the affine part of a LayerNorm moves into the layers that read it: by their weights
@@ -41,6 +45,7 @@ class GraphForm:
     """
 
     fold_context_ratio: float = 2.0
+    fold_proj_ratio: float = math.inf
     keys: Keys = "transposed"
     fold_norm: NormFold | None = None
     int8_from: int | None = None
@@ -58,7 +63,7 @@ class GraphForm:
 
 FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     "onnxruntime": {
-        "fp32": GraphForm(fold_norm="channel"),
+        "fp32": GraphForm(fold_norm="channel", fold_proj_ratio=4),
         "int8": GraphForm(int8_from=64),
     },
     "openvino": {

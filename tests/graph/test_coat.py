@@ -31,10 +31,11 @@ FORM_CHOICES = {
     "context-unfolded": GraphForm(fold_context_ratio=math.inf),
     "resize-nchw": GraphForm(resize_layout="nchw"),
     "norm-in-channel": GraphForm(fold_norm="channel"),
+    "proj-folded": GraphForm(fold_norm="channel", fold_proj_ratio=0),
     "norm-in-bias": GraphForm(fold_norm="bias"),
     "keys-as-rows": GraphForm(keys="rows"),
     "ffn-joined": GraphForm(join_ffn_to=math.inf),
-    "all-of-it": GraphForm(fold_norm="channel", join_ffn_to=0.5),
+    "all-of-it": GraphForm(fold_norm="channel", fold_proj_ratio=4, join_ffn_to=0.5),
 }
 ABLATIONS = [{"cpe": False}, {"crpe": False}, {"co_scale": "none"}, {"cpe": False, "crpe": False}]
 SIZES = [(64, 64), (75, 50), (33, 47), (32, 32), (250, 190)]

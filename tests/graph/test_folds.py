@@ -17,6 +17,7 @@ from coat_deploy.graph.folds import (
     fold_position,
     head_mask,
     merge_windows,
+    outer_bias,
     redundant_channel,
 )
 from coat_deploy.graph.layer import Layer
@@ -123,6 +124,18 @@ def test_the_context_of_values_equals_the_projected_context_of_tokens() -> None:
     s, x, weight, bias = softmax(draw(2, 6, 17)), draw(2, 17, 6), draw(6, 6), draw(6)
     left = s @ (x @ weight.T + bias)
     right = (s @ x) @ weight.T + bias
+    assert np.abs(left - right).max() < LIMIT
+
+
+def test_q_and_the_projection_fold_into_the_context() -> None:
+    """(Q c + e) Wp^T + bp = xhat' (Wq'^T c Wp^T + B) + e Wp^T, where xhat' is of a norm folded."""
+    norm, context, ev = Norm(1 + 0.1 * draw(6), draw(6, seed=1)), draw(6, 6, seed=2), draw(17, 6)
+    q, proj = draw_layers(6, 6, 6)
+    x = 3 * draw(17, 6, seed=3) + 5
+    left = linear(linear(layer_norm(x, norm), q) @ context + ev, proj)
+    folded, (q,) = fold_norm_to_channel(norm, [q])
+    matrix = q.weight.T @ context @ proj.weight.T + outer_bias(folded, proj)
+    right = layer_norm(x, folded) @ matrix + ev @ proj.weight.T
     assert np.abs(left - right).max() < LIMIT
 
 
