@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from coat_deploy.engine import EngineRecord
 from coat_deploy.errors import RepositoryError
 from coat_deploy.spec import MAX_SIDE, Size, format_size
 
@@ -22,7 +23,8 @@ class Artifact:
     first is the one a runtime opens. `proof` is the name of its proof, which is one of `files`.
     `weights_sha256` and `spec_digest` bind it to its parents. `agreement` is what the validation
     at its export measured, or nothing. `choice` is why it has this precision, where the machine
-    that exported it chose (`choose.Choice`), or nothing.
+    that exported it chose (`choose.Choice`), or nothing. `engine` is what an engine was built for,
+    None for a graph.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Artifact:
     tools: Mapping[str, str] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
     choice: Mapping[str, Any] = field(default_factory=dict)
+    engine: EngineRecord | None = None
 
     @property
     def file(self) -> str:
@@ -56,11 +59,9 @@ class Artifact:
         return self.size is None or self.size == size
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest's entry; without a `choice`, as versions before it wrote it."""
+        """Return the manifest's entry; without what versions before did not know, if it can be."""
         entry = dataclasses.asdict(self)
-        if not self.choice:
-            del entry["choice"]
-        return entry
+        return {key: v for key, v in entry.items() if v or key not in _DEFAULTS}
 
     @classmethod
     def from_json(cls, entry: Any, subject: str) -> "Artifact":
@@ -81,6 +82,8 @@ class Artifact:
                     f"{subject}: an artifact's '{key}' is damaged (got {entry.get(key)!r:.100}). "
                     "Remove the file and export again."
                 )
+        if entry["engine"] is not None:
+            entry["engine"] = EngineRecord.from_json(entry["engine"], subject)
         artifact = cls(**{**entry, "size": tuple(entry["size"]) if entry["size"] else None})
         if artifact.proof not in artifact.files or artifact.proof == artifact.file:
             raise RepositoryError(
@@ -131,10 +134,11 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "tools": lambda value: isinstance(value, dict),
     "agreement": lambda value: isinstance(value, dict),
     "choice": lambda value: isinstance(value, dict),
+    "engine": lambda value: value is None or isinstance(value, dict),
 }
 """What every field of an entry must hold."""
 
-_DEFAULTS: dict[str, Any] = {"choice": {}}
+_DEFAULTS: dict[str, Any] = {"choice": {}, "engine": None}
 """Fields that an entry of an earlier version does not have."""
 
 

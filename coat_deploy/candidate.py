@@ -1,23 +1,26 @@
 """A candidate: an artifact in the making, which must prove itself before it is let in.
 
-graph > file > proof > replay > validation
+graph > file (> engine) > proof > replay > validation
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from onnx import ModelProto
 
 from coat_deploy.artifact import artifact_name
-from coat_deploy.backends.select import require
+from coat_deploy.backends.select import ENGINES, STAND_INS, engine_backend, require
+from coat_deploy.census import Asked
 from coat_deploy.digest import sha256_bytes
-from coat_deploy.errors import BelowBar
+from coat_deploy.engine import BuildOptions, EngineRecord
+from coat_deploy.errors import BelowBar, PrecisionMissing
 from coat_deploy.graph.check import check_graph
 from coat_deploy.graph.coat import GraphOptions, author_graph
 from coat_deploy.graph.form import get_form
 from coat_deploy.graph.metadata import add_metadata
+from coat_deploy.graph.precision import Lowering, asked_of, lower
 from coat_deploy.graph.serialise import serialise
 from coat_deploy.images import normalise
 from coat_deploy.measure.bar import Bar
@@ -34,6 +37,9 @@ SYNTHETIC_IMAGES = 8
 SYNTHETIC_BATCHES = (1, 2, 5)
 SYNTHETIC_SEED = 1
 
+Files = dict[str, str]
+"""Names of files with the digest of each; the one that a runtime opens first."""
+
 MakeBatches = Callable[[Preprocess], Iterable[Batch]]
 
 
@@ -41,7 +47,8 @@ MakeBatches = Callable[[Preprocess], Iterable[Batch]]
 class Recipe:
     """What to make, with every default settled; `size` None is dynamic H and W.
 
-    `nominal` is the size it is proven at, which is `size` unless that is dynamic.
+    `nominal` is the size it is proven at, which is `size` unless that is dynamic. `lowering`: what
+    the graph's nodes compute in. `build`: how to build its engine, for targets that are engines.
     """
 
     target: str
@@ -51,6 +58,16 @@ class Recipe:
     nominal: Size
     features: bool
     opset: int
+    lowering: Lowering = field(default_factory=lambda: Lowering("fp32"))
+    build: BuildOptions | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A graph's files with their digests, its own first, and what its nodes shall compute in."""
+
+    files: Files
+    asked: Asked
 
 
 @dataclass(frozen=True)
@@ -77,8 +94,8 @@ class Candidate:
         """Name of the proof's file."""
         return f"{self.name}.proof.npz"
 
-    def write_graph(self) -> dict[str, str]:
-        """Write the graph aside; return the digest of each of its files, the graph's first.
+    def write_graph(self) -> "Written":
+        """Write the graph aside, and say what it is.
 
         Raises: WeightsError when the weights do not fit the spec; GraphError.
         """
@@ -90,7 +107,8 @@ class Candidate:
         files = serialise(graph, f"{self.name}.onnx")
         for file, content in files.items():
             self.staging.write(f"{VERSION}/{file}", content)
-        return {file: sha256_bytes(content) for file, content in files.items()}
+        digests = {file: sha256_bytes(content) for file, content in files.items()}
+        return Written(digests, asked_of(graph, self.recipe.lowering))
 
     def _graph(self) -> ModelProto:
         recipe, subject = self.recipe, str(self.staging.target.weights_path)
@@ -98,24 +116,73 @@ class Candidate:
         weights = fit(tensors, self.spec, subject=subject)
         options = GraphOptions(recipe.size, recipe.features, recipe.opset)
         if recipe.form == "authored":
-            return author_graph(
-                self.spec, weights, get_form(recipe.target, recipe.precision), options
-            )
-        from coat_deploy.graph.traced import trace_graph
+            form = get_form(recipe.target, recipe.precision)
+            graph = author_graph(self.spec, weights, form, options)
+        else:
+            from coat_deploy.graph.traced import trace_graph
 
-        return trace_graph(self.spec, weights, options)
+            graph = trace_graph(self.spec, weights, options)
+        return (
+            graph
+            if self.recipe.lowering.precision == "fp32"
+            else lower(graph, self.recipe.lowering)
+        )
+
+    def build(self, written: "Written", tell: Callable[[str], None]) -> tuple[Files, EngineRecord]:
+        """Build the engine of the graph aside; return its files, its own first, and what it is.
+
+        Raises: GraphError, RunnerError, UsageError.
+        """
+        recipe, (graph, sha256) = self.recipe, next(iter(written.files.items()))
+        assert recipe.build is not None
+        place = self.staging.folder / VERSION / graph
+        built = engine_backend(recipe.target).build(place, recipe.build, written.asked, tell)
+        made = {f"{self.name}.engine": built.plan, f"{self.name}.log": built.log.encode()}
+        for file, content in made.items():
+            self.staging.write(f"{VERSION}/{file}", content)
+        (engine, log) = ({file: sha256_bytes(content)} for file, content in made.items())
+        record = EngineRecord(
+            flavour=recipe.target,
+            version=built.version,
+            gpu=built.gpu,
+            compute_capability=built.compute_capability,
+            graph_sha256=sha256,
+            profiles=recipe.build.profiles,
+            options=recipe.build.to_json() | recipe.lowering.to_json(),
+            census=built.census.to_json(),
+        )
+        return {**engine, **written.files, **log}, record
 
     def load_reference(self, threads: int | None) -> Runner:
         """Load the eager network from the staging folder."""
         load = LoadOptions(threads=threads, features=self.recipe.features)
         return require("eager").load(self.staging.folder, load)
 
-    def load(self, file: str, threads: int | None) -> Runner:
-        """Load its `file` into the runtime it is made for."""
-        load = LoadOptions(
-            threads=threads, features=self.recipe.features, precision=self.recipe.precision
-        )
-        return require(self.recipe.target).load(self.staging.folder / VERSION / file, load)
+    def load(self, files: Files, threads: int | None) -> Runner:
+        """Load it into the runtime it is made for.
+
+        An engine that nothing here can run is stood in for by its graph: `stand_in`.
+        """
+        recipe, (file, *others) = self.recipe, files
+        load = LoadOptions(threads=threads, features=recipe.features, precision=recipe.precision)
+        if (runtime := self.stand_in) is None:
+            return require(recipe.target).load(self.staging.folder / VERSION / file, load)
+        load, graph = replace(load, optimise=False), self.staging.folder / VERSION / others[0]
+        try:
+            return require(runtime).load(graph, load)
+        except PrecisionMissing:  # the types in the graph round its weights, at least
+            return require(runtime).load(graph, replace(load, precision="fp32"))
+
+    @cached_property
+    def stand_in(self) -> str | None:
+        """What computes its graph on the CPU instead, where no GPU can run its engine.
+
+        Raises: BackendMissing when that is not installed.
+        """
+        target = self.recipe.target
+        if target not in ENGINES or engine_backend(target).unable() is None:
+            return None
+        return STAND_INS[self.recipe.precision]
 
     def prove(self, reference: Runner, candidate: Runner, sha256: str, bar: Bar) -> str:
         """Write its proof aside and replay it; return the proof's digest. Raises BelowBar."""

@@ -31,6 +31,8 @@ MODULES = {
     "eager": ("torch", "safetensors"),
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "cuda.bindings.runtime"),
+    "tensorrt-rtx": ("tensorrt_rtx", "cuda.bindings.runtime"),
 }
 """The modules that a target cannot do without."""
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from coat_deploy.artifact import Artifact
-from coat_deploy.backends.select import PRECISIONS, require
+from coat_deploy.backends.select import ENGINES, PRECISIONS, require
 from coat_deploy.candidate import Candidate, MakeBatches, Recipe
+from coat_deploy.engine import BuildOptions, EngineOptions, EngineRecord
 from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.graph.author import DEFAULT_OPSET, check_opset
 from coat_deploy.graph.coat import check_size
-from coat_deploy.graph.form import FORM_NAMES, FORMS, TRACED_PRECISIONS
+from coat_deploy.graph.form import FORM_NAMES, FORMS, TRACED_PRECISIONS, get_form
+from coat_deploy.graph.precision import ISLANDS, MIN_OPSETS, Lowering
 from coat_deploy.measure.bar import Bar, get_bar
 from coat_deploy.measure.validate import Validation
 from coat_deploy.model import WEIGHTS, Model, Staging
@@ -45,6 +47,9 @@ class ExportOptions:
     num_classes, labels: another classifier than the config's.
     validate: hold the artifact against eager on images, not only on the proof's.
     bar: how close it must be; None takes the precision's.
+    opset: of ONNX; None is `DEFAULT_OPSET`, or the first that has the precision's types.
+    build: for targets that are engines. keep_fp32, islands: paths of modules, and operators, that
+        stay float32 in a graph of lower precision; islands None are the default ones.
     """
 
     target: str = "onnxruntime"
@@ -53,7 +58,10 @@ class ExportOptions:
     size: Size | None = None
     dynamic: bool = False
     features: bool = False
-    opset: int = DEFAULT_OPSET
+    opset: int | None = None
+    build: EngineOptions = field(default_factory=EngineOptions)
+    keep_fp32: tuple[str, ...] = ()
+    islands: tuple[str, ...] | None = None
     weights: str | None = None
     rename: str | None = None
     num_classes: int | None = None
@@ -92,6 +100,8 @@ class Exported:
 
     def to_json(self) -> dict[str, Any]:
         """Return the artifact's path, identity and agreement."""
+        engine = self.artifact.engine.to_json() if self.artifact.engine else {}
+        census = engine.pop("census", None)
         return {
             "artifact": str(self.path.resolve()),
             "model": self.model.name,
@@ -107,6 +117,8 @@ class Exported:
             "bytes": self.path.stat().st_size,
             "agreement": dict(self.artifact.agreement),
             "choice": dict(self.artifact.choice) or None,
+            "engine": engine or None,
+            "census": census,
         }
 
 
@@ -177,7 +189,11 @@ def attempt(
     """
     candidate = Candidate(prepared.staging, prepared.spec, recipe)
     tell("writing the graph" if recipe.form == "authored" else "tracing the graph")
-    return _try(candidate, candidate.write_graph(), options, batches, tell)
+    written, record = candidate.write_graph(), None
+    files = written.files
+    if recipe.build:
+        files, record = candidate.build(written, tell)
+    return _try(candidate, files, record, options, batches, tell)
 
 
 def written_spec(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
@@ -206,7 +222,9 @@ def settle_recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
             f"precision {precision}: written into the graph, which the traced form cannot do "
             f"(expected one of {', '.join(TRACED_PRECISIONS)}). Leave --form out."
         )
-    check_opset(options.opset)
+    lowering = _settle_types(options, precision)
+    opset = options.opset or max(DEFAULT_OPSET, MIN_OPSETS.get(lowering.precision, 0))
+    check_opset(opset)
     nominal = options.size or spec.preprocess.input_size
     check_size(get_variant(spec.architecture), nominal)
     return Recipe(
@@ -216,8 +234,38 @@ def settle_recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
         size=None if options.dynamic else nominal,
         nominal=nominal,
         features=options.features,
-        opset=options.opset,
+        opset=opset,
+        lowering=lowering,
+        build=_settle_build(spec, options, precision, nominal),
     )
+
+
+def _settle_types(options: ExportOptions, precision: str) -> Lowering:
+    """Return what the graph's nodes shall compute in. Raises UsageError."""
+    types = get_form(options.target, precision).types
+    if types == "fp32" and (options.keep_fp32 or options.islands is not None):
+        raise UsageError(
+            f"{options.target} {precision}: its graph is float32 altogether. Leave --keep-fp32 and "
+            "--islands out, or export to fp16 or bf16 of tensorrt or tensorrt-rtx."
+        )
+    islands = ISLANDS if options.islands is None else options.islands
+    return Lowering(types, islands, options.keep_fp32)
+
+
+def _settle_build(
+    spec: ModelSpec, options: ExportOptions, precision: str, nominal: Size
+) -> BuildOptions | None:
+    """Return how to build an engine; None for other targets. Raises UsageError."""
+    given = options.build
+    if options.target not in ENGINES:
+        if given != EngineOptions():
+            raise UsageError(
+                f"{options.target}: takes any batch, and is not built. Leave the options of "
+                "engines out, or export to tensorrt or tensorrt-rtx."
+            )
+        return None
+    least = get_variant(spec.architecture).min_side if options.dynamic else None
+    return given.settle(nominal, least, tf32=precision == "tf32")
 
 
 def precisions(target: str) -> tuple[str, ...]:
@@ -256,17 +304,18 @@ def _stage_weights(
 def _try(
     candidate: Candidate,
     files: dict[str, str],
+    record: EngineRecord | None,
     options: ExportOptions,
     batches: MakeBatches | None,
     tell: Progress,
 ) -> tuple[Artifact, Validation | None]:
-    file, sha256 = next(iter(files.items()))
+    sha256 = next(iter(files.values()))
     bar = options.bar or get_bar(candidate.recipe.precision)
     validation = None
     tell("proving it against eager")
     with (
         candidate.load_reference(options.threads) as reference,
-        candidate.load(file, options.threads) as runner,
+        candidate.load(files, options.threads) as runner,
     ):
         proof = candidate.prove(reference, runner, sha256, bar)
         if options.validate:
@@ -276,10 +325,18 @@ def _try(
     if validation:
         agreement = {"source": "images" if batches else "synthetic", "images": validation.images}
         agreement |= validation.agreement.to_json()
-    return _artifact(candidate, {**files, candidate.proof_name: proof}, agreement), validation
+        if candidate.stand_in:
+            agreement["computed_by"] = candidate.stand_in
+    artifact = _artifact(candidate, {**files, candidate.proof_name: proof}, record, agreement)
+    return artifact, validation
 
 
-def _artifact(candidate: Candidate, files: dict[str, str], agreement: dict[str, Any]) -> Artifact:
+def _artifact(
+    candidate: Candidate,
+    files: dict[str, str],
+    record: EngineRecord | None,
+    agreement: dict[str, Any],
+) -> Artifact:
     recipe = candidate.recipe
     return Artifact(
         name=candidate.name,
@@ -301,4 +358,5 @@ def _artifact(candidate: Candidate, files: dict[str, str], agreement: dict[str, 
             recipe.target: require(recipe.target).version(),
         },
         agreement=agreement,
+        engine=record,
     )

@@ -168,6 +168,9 @@ class Model:
             words += ["--size", format_size(wanted.size)]
         if wanted.features:
             words.append("--features")
+        if isinstance(wanted, Artifact) and wanted.engine:
+            for profile in wanted.engine.profiles:
+                words += ["--batch", ",".join(map(str, profile.batch))]
         return shlex.join([*words, "--models", str(self.written_to or self.folder.parent)])
 
     def check_parents(self, artifact: Artifact) -> None:

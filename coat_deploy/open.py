@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coat_deploy.artifact import Artifact
-from coat_deploy.backends.select import PRECISIONS, TARGETS, require
+from coat_deploy.backends.select import PRECISIONS, TARGETS, engine_backend, require
 from coat_deploy.cache import compiled_folder, forget, holds_kept
 from coat_deploy.digest import sha256_file
 from coat_deploy.errors import (
@@ -17,6 +17,7 @@ from coat_deploy.errors import (
     CorruptArtifact,
     RepositoryError,
     RunnerError,
+    StaleArtifact,
     UsageError,
     unknown_name,
 )
@@ -116,6 +117,7 @@ def open_source(source: Source, options: LoadOptions) -> Runner:
         return source.loader(options)()
     source.model.check_parents(source.artifact)
     source.model.check_files(source.artifact)
+    check_engine(source.model, source.artifact)
     kept = options.cache or compiled_folder(source.target, source.artifact.files)
     known = kept is not None and holds_kept(kept)
     options = replace(options, cache=kept)
@@ -127,6 +129,18 @@ def open_source(source: Source, options: LoadOptions) -> Runner:
         _log.info("%s; once more, without what was kept in %s", error, kept)
         forget(kept)
         return _open_proven(source, source.artifact, options)
+
+
+def check_engine(model: Model, artifact: Artifact) -> None:
+    """Raise StaleArtifact for an engine of another library, version or GPU than are here."""
+    if artifact.engine is None:
+        return
+    reason = engine_backend(artifact.target).mismatch(artifact.engine)
+    if reason:
+        raise StaleArtifact(
+            f"{model.path(artifact)}: not an engine for this machine: {reason}. "
+            f"Build it here: {model.export_command(artifact)}"
+        )
 
 
 def _open_proven(source: Source, artifact: Artifact, options: LoadOptions) -> Runner:

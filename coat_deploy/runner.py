@@ -42,6 +42,7 @@ class LoadOptions:
     others are taken too.
     `whole_batches`: onnxruntime only, a batch is one request, as it is for who calls onnxruntime by
     hand; else its images are divided among the threads.
+    `optimise`: onnxruntime only; False computes node by node, in just the types the graph has.
     `precision`: what the runtime should compute in, where it decides (OpenVINO).
     `compile`: eager only, `torch.compile`.
     `features`: eager only, the maps x1..x4 instead of logits.
@@ -59,6 +60,7 @@ class LoadOptions:
     streams: int = 1
     batch: int = 1
     whole_batches: bool = False
+    optimise: bool = True
 
     def __post_init__(self) -> None:
         if self.streams < 1:

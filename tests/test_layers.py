@@ -12,7 +12,7 @@ PACKAGE = ROOT / "coat_deploy"
 RANKS = {
     "version": 0, "errors": 0, "digest": 0,
     "spec": 1, "runner": 1, "machine": 1, "artifact": 1, "labels": 1,
-    "json_files": 1, "transaction": 1, "import_apart": 1, "cache": 1,
+    "json_files": 1, "engine": 1, "census": 1, "transaction": 1, "import_apart": 1, "cache": 1,
     "images": 2, "image_files": 2, "model": 2, "repository": 2, "network": 2, "data": 2,
     "graph": 3,
     "backends": 4,
@@ -29,6 +29,9 @@ HEAVY = {
     "torch": {"network/", "train/", "graph/traced.py", "backends/eager.py", "study/"},
     "onnxruntime": {"backends/onnxruntime.py"},
     "openvino": {"backends/openvino.py", "backends/openvino_compile.py"},
+    "tensorrt": set(),
+    "tensorrt_rtx": set(),
+    "cuda": {"backends/cuda.py"},
     "onnx": {"graph/", "candidate.py"},
     "safetensors": {"network/weights.py"},
     "huggingface_hub": {"network/hub.py", "network/push.py", "data/huggingface.py"},

@@ -43,7 +43,7 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeRunner":
     Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
     onnxruntime does not take.
     """
-    return OnnxRuntimeRunner(Opener(path, options.taps), options)
+    return OnnxRuntimeRunner(Opener(path, options.taps, options.optimise), options)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Opener:
 
     path: Path
     taps: tuple[str, ...] = ()
+    optimise: bool = True
 
     def open(self, threads: int | None) -> Any:
         """Return a session of a pool of so many threads, the caller's among them.
@@ -63,6 +64,8 @@ class Opener:
         settings = onnxruntime.SessionOptions()
         # Its warnings are advice to graph authors; its errors come as exceptions too.
         settings.log_severity_level = 4
+        if not self.optimise:
+            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads:
             settings.intra_op_num_threads = threads
         # Idle threads that spin after a run take the cores from whoever works next.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coat_deploy.cli import console
+from coat_deploy.cli import console, engine_options
 from coat_deploy.cli.sizes import check_sizes, read_size
 from coat_deploy.cli.tables import format_share, render_facts
 from coat_deploy.errors import UsageError
@@ -24,13 +24,18 @@ GRAPH, CHECKS, CLASSES = "The graph", "Its validation", "Another classifier than
 def export(
     model: console.ModelArgument,
     target: Annotated[
-        str, typer.Option(metavar="NAME", help="Runtime to export for: onnxruntime or openvino.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Runtime to export for: onnxruntime, openvino, tensorrt or tensorrt-rtx.",
+        ),
     ] = "onnxruntime",
     precision: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="fp32; for openvino also bf16; auto: what runs best here of those that agree, "
+            help="fp32; for onnxruntime also int8, for openvino bf16, for engines tf32, fp16 and "
+            "bf16; auto: what runs best here of those that agree, "
             "by measuring. Default: fp32.",
         ),
     ] = None,
@@ -76,9 +81,13 @@ def export(
         ),
     ] = False,
     opset: Annotated[
-        int,
-        typer.Option(metavar="N", rich_help_panel=GRAPH, help="ONNX operator set, 18 to 23."),
-    ] = 20,
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=GRAPH,
+            help="ONNX operator set, 18 to 23. Default: 20, or 22 for bf16 in the graph.",
+        ),
+    ] = None,
     images: Annotated[
         list[Path] | None,
         typer.Option(
@@ -134,6 +143,17 @@ def export(
             help="Take all but the classifier from the checkpoint; the new one is random.",
         ),
     ] = False,
+    batch: engine_options.BatchOption = None,
+    size_range: engine_options.SizeRangeOption = None,
+    keep_fp32: engine_options.KeepOption = None,
+    islands: engine_options.IslandsOption = None,
+    workspace: engine_options.WorkspaceOption = None,
+    effort: engine_options.EffortOption = None,
+    compute_capability: engine_options.CapabilityOption = None,
+    hardware_compatible: engine_options.HardwareCompatibleOption = False,
+    version_compatible: engine_options.VersionCompatibleOption = False,
+    refit: engine_options.RefitOption = False,
+    strip_weights: engine_options.StripOption = False,
 ) -> None:
     """Turn a model's weights into an artifact, proven equal to PyTorch.
 
@@ -141,6 +161,10 @@ def export(
     where everything came from. The artifact is held against PyTorch first: one that does not
     agree is not written, what was there stays, and the exit status is 3. With --precision auto
     every precision is tried, and the most exact one kept unless another is clearly faster.
+
+    An engine is built of the graph, strongly typed, and what each of its layers computes in is
+    read back: one that is not what was asked fails the export. Without a GPU, which tensorrt-rtx
+    does not need to build, the graph is held against PyTorch by another runtime.
     """
     from coat_deploy.choose import ChooseOptions, choose
     from coat_deploy.cli.choice_report import render_choice
@@ -165,6 +189,19 @@ def export(
             dynamic=dynamic,
             features=features,
             opset=opset,
+            build=engine_options.read_engine_options(
+                batch,
+                size_range,
+                workspace=workspace,
+                effort=effort,
+                compute_capability=compute_capability,
+                hardware_compatible=hardware_compatible,
+                version_compatible=version_compatible,
+                refit=refit,
+                strip_weights=strip_weights,
+            ),
+            keep_fp32=tuple(console.comma_separated(keep_fp32, "keep-fp32")) if keep_fp32 else (),
+            islands=engine_options.read_islands(islands),
             weights=weights,
             rename=rename,
             num_classes=num_classes,

@@ -229,8 +229,15 @@ class Author:
         """Return `x` in another shape; -1 is inferred, 0 copies the axis."""
         return self.node("Reshape", (x, shape), name)[0]
 
-    def resize(self, x: Value, size: Value, axes: Sequence[int], name: str) -> Value:
-        """Resample bilinearly (half-pixel centres) to `size` along two `axes`."""
+    def resize(
+        self, x: Value, size: Value, axes: Sequence[int], name: str, computed: bool = False
+    ) -> Value:
+        """Resample bilinearly (half-pixel centres) to `size` along two `axes`.
+
+        `computed`: the size shall not reach the node as a constant.
+        """
+        if computed:
+            size = self.node("Identity", (size,), f"{name}_size")[0]
         return self.node(
             "Resize",
             (x, "", "", size),

@@ -202,6 +202,8 @@ def _resample_source(a: Author, x: Tokens, form: GraphForm) -> Value:
 
 def _resample(a: Author, source: Value, grid: Grid, form: GraphForm, name: str) -> Value:
     """Return a map, in the form's layout, as image rows of another grid."""
+    computed = form.resize_sizes == "computed"
     if form.resize_layout == "nchw":
-        return from_map(a, a.resize(source, grid.size, (2, 3), name), grid.channels)
-    return rows(a, a.resize(source, grid.size, (1, 2), name), grid.channels)
+        resized = a.resize(source, grid.size, (2, 3), name, computed)
+        return from_map(a, resized, grid.channels)
+    return rows(a, a.resize(source, grid.size, (1, 2), name, computed), grid.channels)

@@ -12,11 +12,12 @@ from coat_deploy.graph.layer import Floats, Layer
 FORM_NAMES = ("authored", "traced")
 """Written by us, or by PyTorch's exporter."""
 
-TRACED_PRECISIONS = ("fp32", "bf16")
-"""What a runtime can be asked to compute a traced graph in. int8 has to be written into a graph."""
+TRACED_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+"""What a traced graph can be computed in, or lowered to. int8 has to be authored."""
 
 
 Keys = Literal["transposed", "rows"]
+Types = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class GraphForm:
     resize_layout: where channels stand when parallel blocks resample: "nhwc" or "nchw". Not
         "nchw" for onnxruntime (tried with 1.32): its optimiser moves the Transpose before a
         Resize behind it, permutes the two sizes as if they were four, and refuses the graph.
+    resize_sizes: whether sizes to resample to stand there as constants. "computed" for TensorRT
+        (tried with RTX 1.7): its parser refuses constant ones where the batch is open.
+    types: what the graph's numbers are, but for islands of float32 (`precision`). A runtime that
+        casts by itself takes a graph of float32.
     """
 
     fold_context_ratio: float = 2.0
@@ -51,6 +56,8 @@ class GraphForm:
     int8_from: int | None = None
     join_ffn_to: float = 0.0
     resize_layout: Literal["nhwc", "nchw"] = "nhwc"
+    resize_sizes: Literal["constant", "computed"] = "constant"
+    types: Types = "fp32"
 
     def __post_init__(self) -> None:
         # The column that carries a folded bias would spoil the scale of its row.
@@ -61,6 +68,25 @@ class GraphForm:
         return Layer(weight, bias, self.int8_from is not None and weight.shape[1] >= self.int8_from)
 
 
+_TENSORRT_TYPES: Mapping[str, Types] = {
+    "fp32": "fp32",
+    "tf32": "fp32",  # chosen when the engine is built
+    "fp16": "fp16",
+    "bf16": "bf16",
+}
+
+_TENSORRT = {
+    precision: GraphForm(
+        keys="rows",
+        fold_norm="bias",
+        resize_layout="nchw",
+        resize_sizes="computed",
+        types=types,
+    )
+    for precision, types in _TENSORRT_TYPES.items()
+}
+"""Not measured: it has the fewest nodes."""
+
 FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     "onnxruntime": {
         "fp32": GraphForm(fold_norm="channel", fold_proj_ratio=4),
@@ -70,6 +96,8 @@ FORMS: Mapping[str, Mapping[str, GraphForm]] = {
         "fp32": GraphForm(keys="rows", fold_norm="bias", resize_layout="nchw"),
         "bf16": GraphForm(keys="rows", fold_norm="bias", join_ffn_to=8, resize_layout="nchw"),
     },
+    "tensorrt": _TENSORRT,
+    "tensorrt-rtx": _TENSORRT,
 }
 """The authored form of each target that takes ONNX, by precision."""
 

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from coat_deploy.errors import GraphError
+from coat_deploy.census import Asked
+from coat_deploy.errors import GraphError, UsageError, unknown_name
 
 LOW_PRECISIONS = ("fp16", "bf16")
 """What a graph can be lowered to."""
@@ -21,7 +22,10 @@ LOW_PRECISIONS = ("fp16", "bf16")
 ISLANDS = ("LayerNormalization", "Softmax")
 """Operators that stay float32: both sum over many numbers and divide by what comes of it."""
 
-MIN_OPSET = {"fp16": 18, "bf16": 22}
+COMPUTING = ("Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Softmax")
+"""Operators that no runtime does without; reshapes and the like it may leave out."""
+
+MIN_OPSETS = {"fp16": 18, "bf16": 22}
 """Conv takes bfloat16 from 22 on."""
 
 _ONNX = {
@@ -53,6 +57,11 @@ class Lowering:
     islands: tuple[str, ...] = ISLANDS
     keep: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, list[str]]:
+        """Return what was asked for besides the defaults."""
+        given = {"keep_fp32": list(self.keep)} if self.keep else {}
+        return given if self.islands == ISLANDS else given | {"islands": list(self.islands)}
+
     def asked(self, node: NodeProto) -> str:
         """Return the precision that a node shall compute in."""
         name = f"{node.name}."
@@ -66,14 +75,18 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
     The same graph gives the same bytes. No shapes or types of inner values are kept: a runtime
     infers them, and stale ones would mislead it.
     Raises: GraphError for an opset that is too old, a weight that the low type cannot hold, a
-    node with a graph of its own.
+    node with a graph of its own; UsageError for a path to keep that leads nowhere.
     """
-    opset, least = _opset(model), MIN_OPSET[lowering.precision]
+    opset, least = _opset(model), MIN_OPSETS[lowering.precision]
     if opset < least:
         raise GraphError(
             f"opset {opset}: too old for {lowering.precision} (expected {least} or newer). "
             "Export with --opset."
         )
+    for path in lowering.keep:
+        if not any(f"{node.name}.".startswith(f"{path}.") for node in model.graph.node):
+            modules = dict.fromkeys(_module(node) for node in model.graph.node)
+            raise UsageError(unknown_name("module to keep in fp32", path, modules))
     return _Lowerer(model, lowering).result()
 
 
@@ -164,12 +177,15 @@ class _Lowerer:
         return lowered
 
 
-def asked_types(model: ModelProto, lowering: Lowering) -> dict[str, str]:
-    """Return the precision that every node of a graph shall compute in, by its name.
+def asked_of(model: ModelProto, lowering: Lowering) -> Asked:
+    """Return the precision that every node of a graph shall compute in.
 
-    Nodes of integers and Casts are left out. What a graph does compute in: `computed_types`.
+    Nodes of integers and Casts are left out; needed are those of `COMPUTING`. What a graph does
+    compute in: `computed_types`.
     """
-    return {node.name: lowering.asked(node) for node, _ in computed_types(model)}
+    nodes = [node for node, _ in computed_types(model)]
+    needed = tuple(node.name for node in nodes if node.op_type in COMPUTING)
+    return Asked({node.name: lowering.asked(node) for node in nodes}, needed)
 
 
 def computed_types(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
@@ -184,6 +200,12 @@ def computed_types(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
         kind = _NAMES.get(types.get(node.output[0], 0))
         if node.op_type != "Cast" and kind:
             yield node, kind
+
+
+def _module(node: NodeProto) -> str:
+    """Return the path of a block, or another module of its size, that a node is of."""
+    parts = str(node.name).split(".")
+    return ".".join(parts[: 2 if parts[0].rstrip("1234").endswith("blocks") else 1])
 
 
 def _cast(source: str, target: str, kind: str) -> NodeProto:

@@ -10,7 +10,7 @@ from coat_deploy.graph.form import GraphForm
 from coat_deploy.graph.precision import (
     ISLANDS,
     Lowering,
-    asked_types,
+    asked_of,
     computed_types,
     lower,
 )
@@ -78,8 +78,8 @@ def test_all_but_the_islands_compute_in_the_low_type(precision) -> None:
 def test_what_is_asked_of_nodes_is_what_they_compute_in() -> None:
     lowering = Lowering("fp16", keep=("serial_blocks2.0",))
     lowered = lower(graph(), lowering)
-    asked = asked_types(graph(), lowering)
-    assert asked == asked_types(lowered, lowering) == {
+    asked = asked_of(graph(), lowering).precisions
+    assert asked == asked_of(lowered, lowering).precisions == {
         node.name: kind for node, kind in computed_types(lowered)
     }  # fmt: skip
     assert set(asked.values()) == {"fp16", "fp32"}
@@ -88,7 +88,7 @@ def test_what_is_asked_of_nodes_is_what_they_compute_in() -> None:
 def test_a_node_that_computes_otherwise_than_asked_is_seen() -> None:
     lowered = lower(graph(), Lowering("fp16"))
     tampered = lower(graph(), Lowering("fp16", keep=("serial_blocks2.0.mlp.fc1",)))
-    asked = asked_types(lowered, Lowering("fp16"))
+    asked = asked_of(lowered, Lowering("fp16")).precisions
     wrong = [node.name for node, kind in computed_types(tampered) if kind != asked[node.name]]
     assert wrong == ["serial_blocks2.0.mlp.fc1"]
 
@@ -99,7 +99,7 @@ def test_islands_may_be_others() -> None:
 
 
 def test_a_scope_that_is_kept_computes_in_float32_and_no_other() -> None:
-    kept = ("serial_blocks2.0", "head")
+    kept = ("serial_blocks2.0", "logits")
     lowered = lower(graph(), Lowering("fp16", islands=(), keep=kept))
     nodes = list(computed_types(lowered))
     assert any(node.name.startswith("serial_blocks2.0.mlp") for node, _ in nodes)
