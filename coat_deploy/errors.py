@@ -12,7 +12,8 @@
     |-- GraphError                a graph that cannot be authored or is not valid
     |-- BackendMissing            a runtime that is not installed
     |-- RunnerError               a runtime that failed
-    |   `-- PrecisionMissing      this machine does not compute in it
+    |   |-- PrecisionMissing      this machine does not compute in it
+    |   `-- DeviceMissing         this machine has no GPU that can be used
     |-- TrainingError             a training that cannot begin or go on
     |-- UploadError               a model that could not be published
     `-- BelowBar                  3: an artifact that does not agree with the eager network
@@ -79,6 +80,10 @@ class RunnerError(CoatDeployError):
 
 class PrecisionMissing(RunnerError):
     """A precision in which this machine does not compute."""
+
+
+class DeviceMissing(RunnerError):
+    """A GPU that is not there, or cannot be used."""
 
 
 class TrainingError(CoatDeployError):

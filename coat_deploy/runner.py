@@ -42,7 +42,8 @@ class LoadOptions:
     others are taken too.
     `whole_batches`: onnxruntime only, a batch is one request, as it is for who calls onnxruntime by
     hand; else its images are divided among the threads.
-    `optimise`: onnxruntime only; False computes node by node, in just the types the graph has.
+    `optimise`: False computes node by node in just the types the graph has (onnxruntime), or
+    without the code generator for chains of nodes (OpenVINO), which is slow, and simple.
     `precision`: what the runtime should compute in, where it decides (OpenVINO).
     `compile`: eager only, `torch.compile`.
     `features`: eager only, the maps x1..x4 instead of logits.

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from coat_deploy.backends.eager import EagerRunner
-from coat_deploy.backends.select import require
+from coat_deploy.backends.select import ENGINES, STAND_INS, require
 from coat_deploy.errors import RunnerError
+from coat_deploy.graph.author import DEFAULT_OPSET
 from coat_deploy.graph.coat import GraphOptions, author_graph
 from coat_deploy.graph.form import FORMS, get_form
+from coat_deploy.graph.precision import MIN_OPSETS, Lowering, lower
 from coat_deploy.images import load, normalise
 from coat_deploy.measure.bar import get_bar
 from coat_deploy.measure.proof import probe_images
@@ -22,7 +24,14 @@ from coat_deploy.network.weights import load_checkpoint
 from coat_deploy.runner import LoadOptions
 from coat_deploy.spec import ModelSpec, Preprocess, Size
 
-CHOICES = [(target, precision) for target, forms in FORMS.items() for precision in forms]
+SAME = {("tensorrt", "tf32"), *(("tensorrt-rtx", precision) for precision in FORMS["tensorrt"])}
+"""Forms that are another's."""
+CHOICES = [
+    (target, precision)
+    for target, forms in FORMS.items()
+    for precision in forms
+    if (target, precision) not in SAME
+]
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clothing-256-calibration"
 LARGE = {"coat_lite_medium", "coat_lite_medium_384", "coat_small"}
 
@@ -71,13 +80,21 @@ def agree(
     sizes: list[Size],
 ) -> None:
     weights = load_checkpoint("random:0", spec).tensors
-    graph = author_graph(spec, weights, get_form(target, precision), GraphOptions(size))
+    form = get_form(target, precision)
+    options = GraphOptions(size, opset=MIN_OPSETS.get(form.types, DEFAULT_OPSET))
+    graph = author_graph(spec, weights, form, options)
+    load = LoadOptions(precision=precision)
+    if target in ENGINES:  # what builds them is tested elsewhere, here what they are built of
+        target = STAND_INS[precision]
+        load = LoadOptions(precision=precision, optimise=False)
+    if form.types != "fp32":
+        graph = lower(graph, Lowering(form.types))
     file = folder / "net.onnx"
     file.write_bytes(graph.SerializeToString())
     network = create_network(spec.architecture, spec.num_classes).eval()
     network.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
     try:
-        runner = require(target).load(file, LoadOptions(precision=precision))
+        runner = require(target).load(file, load)
     except RunnerError as error:
         pytest.skip(str(error))  # a processor without bf16
     images = [batch for side in sizes for batch in batches(side)]
@@ -85,3 +102,8 @@ def agree(
     with runner, EagerRunner(network, LoadOptions()) as reference:
         found = validate(reference, runner, images, bar)
     assert found.failures == ()
+
+
+def test_forms_that_are_the_same_are_tested_once() -> None:
+    assert FORMS["tensorrt-rtx"] == FORMS["tensorrt"]
+    assert FORMS["tensorrt"]["tf32"] == FORMS["tensorrt"]["fp32"]

@@ -19,7 +19,7 @@ RANKS = {
     "measure": 5,
     "train": 6,
     "diagnosis": 7, "open": 7, "candidate": 7, "export": 7, "choose": 7, "evaluate": 7,
-    "study": 7,
+    "inspection": 7, "study": 7,
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from coat_deploy.errors import RunnerError
+from coat_deploy.errors import DeviceMissing, RunnerError
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +27,7 @@ class Device:
 
 def problem() -> str | None:
     """Return why no GPU can be used here, or None. Safe without any driver."""
-    if importlib.util.find_spec("cuda") is None or not importlib.util.find_spec("cuda.bindings"):
+    if importlib.util.find_spec("cuda") is None:
         return "the package cuda-bindings is not installed"
     from cuda.bindings import runtime
 
@@ -43,7 +43,7 @@ def device() -> Device:
     """Return the GPU that is used. Raises RunnerError where there is none."""
     reason = problem()
     if reason:
-        raise RunnerError(f"cuda: {reason}.")
+        raise DeviceMissing(f"cuda: {reason}.")
     from cuda.bindings import runtime
 
     properties = call(runtime.cudaGetDeviceProperties, 0)

@@ -45,7 +45,14 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
     """
     if options.precision not in TYPES:
         raise UsageError(unknown_name("OpenVINO precision", options.precision, TYPES))
-    compiler = Compiler(path, options.precision, options.total_threads, options.taps, options.cache)
+    compiler = Compiler(
+        path,
+        options.precision,
+        options.total_threads,
+        options.taps,
+        options.cache,
+        options.optimise,
+    )
     return OpenVinoRunner(compiler, options)
 
 

@@ -45,7 +45,7 @@ class Compiler:
 
     `threads`: of all streams together; None leaves them to OpenVINO, for one stream. `cache`: a
     folder of this file's content alone, where to keep what was compiled. With `taps` nothing is
-    kept.
+    kept. `optimise`: as in `LoadOptions`.
     """
 
     path: Path
@@ -53,6 +53,7 @@ class Compiler:
     threads: int | None
     taps: tuple[str, ...] = ()
     cache: Path | None = None
+    optimise: bool = True
 
     def compile(self, streams: int, batch: int = 1) -> Compiled:
         """Return the model, its threads divided among `streams` requests at once.
@@ -83,6 +84,8 @@ class Compiler:
             settings |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": streams}
         if self.threads:
             settings["INFERENCE_NUM_THREADS"] = self.threads
+        if not self.optimise:
+            settings["SNIPPETS_MODE"] = "DISABLE"
         return settings
 
     def _compile(self, settings: Mapping[str, Any], batch: int) -> Compiled:

@@ -52,3 +52,12 @@ def require(target: str) -> Backend:
     if command:
         raise BackendMissing(f"target {target}: its package is not installed. Run: {command}")
     return module
+
+
+def unusable(target: str) -> str | None:
+    """Return why nothing of `target` can run here, or None: a package or a GPU that is missing."""
+    command = backend(target).missing()
+    if command:
+        return f"{target} is not installed here; run: {command}"
+    reason = engine_backend(target).unable() if target in ENGINES else None
+    return reason and f"{target} needs an NVIDIA GPU, and {reason}"

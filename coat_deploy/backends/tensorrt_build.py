@@ -16,7 +16,7 @@ from coat_deploy.cache import SUFFIX, compiled_folder, keep, read_kept
 from coat_deploy.census import Asked, Census, EngineLayer
 from coat_deploy.digest import sha256_bytes
 from coat_deploy.engine import BuildOptions, Built, Profile
-from coat_deploy.errors import CorruptArtifact, GraphError, RunnerError, UsageError
+from coat_deploy.errors import CorruptArtifact, DeviceMissing, GraphError, RunnerError, UsageError
 
 Tell = Callable[[str], None]
 
@@ -38,7 +38,7 @@ def build(flavour: Flavour, graph: Path, options: BuildOptions, asked: Asked, te
     if not flavour.ahead_of_time:
         reason = cuda.problem()
         if reason:
-            raise RunnerError(
+            raise DeviceMissing(
                 f"{flavour.target}: {flavour.title} builds for the GPU at hand, and {reason}. "
                 "Export on the machine that will serve it, or to tensorrt-rtx."
             )

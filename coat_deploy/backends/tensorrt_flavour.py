@@ -30,7 +30,7 @@ class Flavour:
 
     def missing(self) -> str | None:
         """Return the command that installs what is lacking, or None."""
-        found = all(importlib.util.find_spec(name) for name in (self.module, "cuda.bindings"))
+        found = all(map(importlib.util.find_spec, (self.module, "cuda")))
         return None if found else f'pip install "coat-deploy[{self.extra}]"'
 
     def version(self) -> str:

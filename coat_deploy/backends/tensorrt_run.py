@@ -4,7 +4,7 @@ Every shape that comes is given a lane: an execution context in the profile that
 on the device, and a CUDA graph of the whole network, which is what a call launches.
 """
 
-import functools
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from coat_deploy.backends import cuda
 from coat_deploy.backends.pixels import accept
 from coat_deploy.backends.tensorrt_flavour import Flavour, Messages
 from coat_deploy.engine import EngineRecord, Profile
-from coat_deploy.errors import CorruptArtifact, RunnerError, UsageError
+from coat_deploy.errors import CorruptArtifact, DeviceMissing, RunnerError, UsageError
 from coat_deploy.runner import INPUT, Array, Closing, LoadOptions, Pixels, TensorSpec
 
 MAX_LANES = 8
@@ -36,7 +36,7 @@ def load(flavour: Flavour, path: Path, options: LoadOptions) -> "TensorRtRunner"
         raise UsageError(f"{flavour.target}: an engine has no inner tensors to return.")
     reason = cuda.problem()
     if reason:  # a Runtime made without a GPU ends the process when it is used
-        raise RunnerError(
+        raise DeviceMissing(
             f"{path.name}: {flavour.title} needs an NVIDIA GPU, and {reason}. Run it where there "
             "is one; coat-deploy doctor tells more."
         )
@@ -90,7 +90,7 @@ class TensorRtRunner(Closing):
         self, flavour: Flavour, engine: Any, options: LoadOptions, messages: Messages, runtime: Any
     ) -> None:
         self.target = flavour.target
-        self._trt, self._engine, self._messages = flavour.load(), engine, messages
+        self._trt, self._engine, self.messages = flavour.load(), engine, messages
         self._runtime = runtime  # the engine needs it as long as it lives
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = (self._spec(INPUT),)
@@ -165,7 +165,7 @@ class TensorRtRunner(Closing):
 
     def _new_lane(self, shape: Shape) -> "Lane":
         index, batch = self._choose(shape)
-        return Lane(self._trt, self._engine, index, (batch, *shape[1:]), len(self.outputs), self)
+        return Lane(self._engine, index, (batch, *shape[1:]), self)
 
     def _choose(self, shape: Shape) -> tuple[int, int]:
         """Return the profile for a shape, and the batch to fill it up to.
@@ -196,27 +196,33 @@ class TensorRtRunner(Closing):
 class Lane:
     """One shape: a context in its profile, buffers on the device, and the network as a graph."""
 
-    def __init__(
-        self, trt: Any, engine: Any, profile: int, shape: Shape, outputs: int, owner: Any
-    ) -> None:
-        self._owner, self.stream = owner, cuda.Stream()
-        self._context = engine.create_execution_context()
-        if self._context is None:
-            raise RunnerError(
-                f"{owner.target}: no execution context ({owner._messages.first_error()}). "
-                "Take a smaller batch, or fewer streams."
-            )
-        self._context.set_optimization_profile_async(profile, self.stream.handle)
-        self._context.set_input_shape(INPUT, shape)
-        self._buffers = {INPUT: cuda.Buffer(shape, np.float32)}
-        for spec in owner.outputs:
-            there = tuple(self._context.get_tensor_shape(spec.name))
-            self._buffers[spec.name] = cuda.Buffer(there, spec.dtype)
-        for name, buffer in self._buffers.items():
-            self._context.set_tensor_address(name, buffer.address)
-        self._enqueue()  # a first run outside of the graph, in which everything is set up
-        self.stream.wait()
-        self._graph = self._capture()
+    def __init__(self, engine: Any, profile: int, shape: Shape, owner: "TensorRtRunner") -> None:
+        self._owner = owner
+        with contextlib.ExitStack() as held:
+            self.stream = cuda.Stream()
+            held.callback(self.stream.close)
+            self._context = engine.create_execution_context()
+            if self._context is None:
+                raise RunnerError(
+                    f"{owner.target}: no execution context ({owner.messages.first_error()}). "
+                    "Take a smaller batch, or fewer streams."
+                )
+            self._context.set_optimization_profile_async(profile, self.stream.handle)
+            self._context.set_input_shape(INPUT, shape)
+            specs = {INPUT: np.dtype(np.float32)}
+            specs |= {spec.name: np.dtype(spec.dtype) for spec in owner.outputs}
+            self._buffers = {}
+            for name, dtype in specs.items():
+                there = shape if name == INPUT else tuple(self._context.get_tensor_shape(name))
+                self._buffers[name] = cuda.Buffer(there, dtype)
+                held.callback(self._buffers[name].close)
+                self._context.set_tensor_address(name, self._buffers[name].address)
+            self._enqueue()  # a first run outside of the graph, in which everything is set up
+            self.stream.wait()
+            self._graph = self._capture()
+            if self._graph:
+                held.callback(self._graph.close)
+            self._held = held.pop_all()
 
     def run(self, pixels: Any) -> Sequence[Array]:
         """Return the outputs of up to as many images as the lane takes."""
@@ -250,22 +256,16 @@ class Lane:
     def close(self) -> None:
         """Free everything."""
         self.stream.wait()
-        if self._graph:
-            self._graph.close()
-        for buffer in self._buffers.values():
-            buffer.close()
         del self._context
-        self.stream.close()
+        self._held.close()
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self.stream.handle):
-            reason = self._owner._messages.first_error()
+            reason = self._owner.messages.first_error()
             raise RunnerError(f"{self._owner.target}: the engine failed ({reason}).")
 
-    @functools.cached_property
-    def _capturable(self) -> bool:
-        probe = getattr(self._context, "is_stream_capturable", None)  # TensorRT for RTX alone
-        return probe is None or bool(probe(self.stream.handle))
-
     def _capture(self) -> "cuda.Graph | None":
-        return self.stream.capture(self._enqueue) if self._capturable else None
+        """Return the network as a graph; None for an engine that says it cannot be one."""
+        probe = getattr(self._context, "is_stream_capturable", None)  # TensorRT for RTX alone
+        capturable = probe is None or probe(self.stream.handle)
+        return self.stream.capture(self._enqueue) if capturable else None

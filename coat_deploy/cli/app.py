@@ -15,6 +15,7 @@ from coat_deploy.cli.bench import bench
 from coat_deploy.cli.doctor import doctor
 from coat_deploy.cli.evaluate import evaluate
 from coat_deploy.cli.export import export
+from coat_deploy.cli.inspect import inspect as inspect_command
 from coat_deploy.cli.models import models
 from coat_deploy.cli.predict import predict
 from coat_deploy.cli.selftest import selftest
@@ -28,7 +29,7 @@ ABOUT = "About models and the machine"
 PANELS = {
     "From images to a model": (train, study),
     "From weights to a proven artifact": (export, validate, evaluate, bench),
-    "With an artifact": (predict, selftest),
+    "With an artifact": (predict, selftest, inspect_command),
     ABOUT: (doctor,),
 }
 EXAMPLES = {
@@ -52,6 +53,7 @@ EXAMPLES = {
     "export": """
         $ coat-deploy export coat_tiny --weights timm
         $ coat-deploy export coat_tiny --target openvino --precision bf16
+        $ coat-deploy export coat_tiny --target tensorrt --precision fp16 --batch 1,8,64
         $ coat-deploy export coat_tiny --size dynamic --images photos/
         $ coat-deploy export coat_mini --weights my.pth --labels my.txt --as my_mini
     """,
@@ -76,6 +78,10 @@ EXAMPLES = {
     """,
     "selftest": """
         $ coat-deploy selftest coat_tiny
+    """,
+    "inspect": """
+        $ coat-deploy inspect coat_tiny/openvino-bf16
+        $ coat-deploy inspect models/coat_tiny/1/tensorrt-rtx-fp16.engine --json
     """,
 }
 BEFORE_COMMAND = ("--debug", "--verbose", "-v", "--version")

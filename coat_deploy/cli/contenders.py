@@ -8,6 +8,7 @@ from coat_deploy.cli import console
 from coat_deploy.errors import (
     BackendMissing,
     CoatDeployError,
+    DeviceMissing,
     PrecisionMissing,
     UsageError,
     unknown_name,
@@ -198,7 +199,7 @@ def line_up(
         except UsageError:
             raise
         except CoatDeployError as error:
-            lacking = isinstance(error, BackendMissing | PrecisionMissing)
+            lacking = isinstance(error, BackendMissing | PrecisionMissing | DeviceMissing)
             reasons = lineup.left_out if optional and lacking else lineup.failed
             reasons[entry.text] = str(error)
     return lineup
@@ -206,11 +207,13 @@ def line_up(
 
 def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str | None) -> None:
     """Add what to open for an entry, after trying it."""
-    from coat_deploy.backends.select import require
-    from coat_deploy.open import find_source, selftest
+    from coat_deploy.backends.select import require, unusable
+    from coat_deploy.open import check_engine, find_source, selftest
     from coat_deploy.runner import LoadOptions
 
     require(entry.target)
+    if reason := unusable(entry.target):
+        raise DeviceMissing(f"{reason}.")
     if entry.form == COMPILE:
         from coat_deploy.backends.eager import require_compiler
 
@@ -221,6 +224,7 @@ def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str 
     if source.artifact:
         source.model.check_parents(source.artifact)
         source.model.check_files(source.artifact)
+        check_engine(source.model, source.artifact)
         with source.loader(LoadOptions())() as runner:
             agreement = selftest(source.model, source.artifact, runner)
         lineup.agreements[entry.text] = agreement.to_json()

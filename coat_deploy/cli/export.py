@@ -286,6 +286,8 @@ def render(exported: "Exported") -> str:
     if agreement:
         verdict = f"on {agreement['images']} {agreement['source']}"
         verdict += "" if agreement["source"] == "images" else " images"
+        if "computed_by" in agreement:
+            verdict += f"; by {agreement['computed_by']}, its graph: no GPU is here to run it"
     facts: list[tuple[str, object]] = [
         ("artifact", exported.path),
         ("on disk", f"{exported.path.stat().st_size / 2**20:.1f} MiB"),
@@ -297,4 +299,9 @@ def render(exported: "Exported") -> str:
         facts.append(("max |delta|", agreement["max_abs_difference"]))
         if agreement["top1_agreement"] is not None:
             facts.append(("top-1 agreement", format_share(agreement["top1_agreement"])))
+    if artifact.engine:
+        shares = artifact.engine.census["by_precision"].items()
+        layers = ", ".join(f"{format_share(v['share'])} {name}" for name, v in shares)
+        facts.append(("layers of the engine", layers))
+        facts += [("profile", profile) for profile in artifact.engine.profiles]
     return f"{exported.model.name}: {artifact.name}\n\n{render_facts(facts)}"

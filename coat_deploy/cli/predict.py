@@ -90,11 +90,11 @@ def predict(
 
 
 def default_target(model: "Model", precision: str | None = None) -> str:
-    """Return the first target that the model has logits for and that is installed, or eager.
+    """Return the first target that the model has logits for and that can run here, or eager.
 
     With a `precision`, the first that it has logits in this precision for.
     """
-    from coat_deploy.backends.select import TARGETS, backend
+    from coat_deploy.backends.select import TARGETS, unusable
 
     exported = {
         artifact.target
@@ -102,8 +102,8 @@ def default_target(model: "Model", precision: str | None = None) -> str:
         if not artifact.features and precision in (None, artifact.precision)
     }
     targets = [target for target in TARGETS if target in exported]
-    usable = [target for target in targets if backend(target).missing() is None]
-    # An artifact whose runtime is not installed is still the one that was meant.
+    usable = [target for target in targets if unusable(target) is None]
+    # An artifact whose runtime or GPU is not there is still the one that was meant.
     return next(iter([*usable, *targets]), "eager")
 
 

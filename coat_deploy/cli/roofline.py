@@ -37,6 +37,7 @@ def measure_limits(
     `tell` is called with what is going on. Raises: BackendMissing without PyTorch, which counts
     the work.
     """
+    from coat_deploy.backends.select import ENGINES
     from coat_deploy.graph.form import FORMS
     from coat_deploy.measure.limits import Limits
 
@@ -45,7 +46,7 @@ def measure_limits(
     rates = []
     with tempfile.TemporaryDirectory() as folder:
         for engine in engines:
-            if engine[0] not in FORMS:
+            if engine[0] not in FORMS or engine[0] in ENGINES:
                 continue
             tell(f"limits: products of {engine[0]} {engine[1]}")
             try:

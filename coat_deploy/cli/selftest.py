@@ -79,8 +79,8 @@ def selftest(
 
 def test(model: "Model", artifact: "Artifact", threads: int | None) -> dict[str, Any]:
     """Replay an artifact's proof; return how that went, `passed` None if it could not be tried."""
-    from coat_deploy.backends.select import backend
-    from coat_deploy.open import Source
+    from coat_deploy.backends.select import unusable
+    from coat_deploy.open import Source, check_engine
     from coat_deploy.open import selftest as replay
     from coat_deploy.runner import LoadOptions
 
@@ -91,13 +91,14 @@ def test(model: "Model", artifact: "Artifact", threads: int | None) -> dict[str,
         "seconds": None,
         "error": None,
     }
-    command = backend(artifact.target).missing()
-    if command:
-        return result | {"error": f"{artifact.target} is not installed here; run: {command}"}
+    reason = unusable(artifact.target)
+    if reason:
+        return result | {"error": reason}
     start = time.perf_counter()
     try:
         model.check_parents(artifact)
         model.check_files(artifact)
+        check_engine(model, artifact)
         load = Source(model, artifact.target, artifact).loader(LoadOptions(threads=threads))
         with load() as runner:
             agreement = replay(model, artifact, runner)

@@ -7,14 +7,15 @@ islands: their inputs are cast up, their outputs down. A value that several node
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from coat_deploy.census import Asked
-from coat_deploy.errors import GraphError, UsageError, unknown_name
+from coat_deploy.census import Asked, Census, EngineLayer
+from coat_deploy.errors import CorruptArtifact, GraphError, UsageError, unknown_name
 
 LOW_PRECISIONS = ("fp16", "bf16")
 """What a graph can be lowered to."""
@@ -188,16 +189,19 @@ def asked_of(model: ModelProto, lowering: Lowering) -> Asked:
     return Asked({node.name: lowering.asked(node) for node in nodes}, needed)
 
 
-def computed_types(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
+def computed_types(model: ModelProto, integers: bool = False) -> Iterator[tuple[NodeProto, str]]:
     """Yield every node that computes with floats, and the precision it does so in.
 
     Read from the types of its outputs, as the checker infers them. Casts are left out.
+    integers: yield products of 8-bit integers, too.
     """
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     values = [*inferred.graph.value_info, *inferred.graph.output]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     for node in model.graph.node:
         kind = _NAMES.get(types.get(node.output[0], 0))
+        if integers and node.op_type == "MatMulInteger":
+            kind = "int8"
         if node.op_type != "Cast" and kind:
             yield node, kind
 
@@ -206,6 +210,21 @@ def _module(node: NodeProto) -> str:
     """Return the path of a block, or another module of its size, that a node is of."""
     parts = str(node.name).split(".")
     return ".".join(parts[: 2 if parts[0].rstrip("1234").endswith("blocks") else 1])
+
+
+def read_census(path: Path) -> Census:
+    """Return what the nodes of a graph's file compute in; int8 for integer products.
+
+    Raises: CorruptArtifact.
+    """
+    try:
+        model = onnx.load(path)
+        nodes = list(computed_types(model, integers=True))
+    except Exception as error:  # protobuf's and onnx's errors share no base
+        raise CorruptArtifact(
+            f"{path}: not a whole ONNX model ({error}). Export it again."
+        ) from error
+    return Census(tuple(EngineLayer(n.name, n.op_type, n.name, kind) for n, kind in nodes))
 
 
 def _cast(source: str, target: str, kind: str) -> NodeProto:

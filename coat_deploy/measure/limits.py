@@ -30,7 +30,7 @@ from coat_deploy.measure.worker import Load, Worker
 from coat_deploy.runner import Pixels
 from coat_deploy.spec import Size
 
-BYTES_A_WEIGHT = {"fp32": 4, "bf16": 2, "int8": 1}
+BYTES_A_WEIGHT = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 BYTES_A_PIXEL = 3 * 4
 """Three channels of float32, whatever is computed in."""
 

@@ -11,6 +11,8 @@ from coat_deploy.graph.form import FORMS
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_is_a_backend_with_a_version(target: str) -> None:
+    if target == "tensorrt" and backend(target).missing():
+        pytest.skip("TensorRT is not installed")
     module = require(target)
     assert module.missing() is None
     assert module.version()[0].isdigit()
@@ -44,6 +46,9 @@ def test_a_module_that_is_no_backend_is_no_target(name: str) -> None:
         ("eager", "safetensors", 'pip install "coat-deploy[torch]"'),
         ("onnxruntime", "onnxruntime", 'pip install "coat-deploy[cpu]"'),
         ("openvino", "openvino", 'pip install "coat-deploy[openvino]"'),
+        ("tensorrt", "tensorrt", 'pip install "coat-deploy[tensorrt]"'),
+        ("tensorrt-rtx", "tensorrt_rtx", 'pip install "coat-deploy[tensorrt-rtx]"'),
+        ("tensorrt-rtx", "cuda", 'pip install "coat-deploy[tensorrt-rtx]"'),
     ],
 )
 def test_a_missing_package_says_the_command_that_installs_it(
@@ -63,9 +68,10 @@ def test_a_missing_package_says_the_command_that_installs_it(
 def test_finding_backends_imports_no_runtime() -> None:
     code = (
         "import sys\n"
-        "from coat_deploy.backends.select import TARGETS, require\n"
-        "[require(target) for target in TARGETS]\n"
-        "print(sorted({'torch', 'onnx', 'onnxruntime', 'openvino'} & set(sys.modules)))\n"
+        "from coat_deploy.backends.select import TARGETS, backend\n"
+        "[backend(target).missing() for target in TARGETS]\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'cuda'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
