@@ -11,6 +11,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 
 VALUES = (
     "skipped", "versions", "files", "tools", "record", "targets", "published", "per_class",
+    "bytes", "inputs", "outputs", "by_precision", "by_kind", "by_stage", "options",
 )  # fmt: skip
 """Objects whose keys are data: names of files, packages, targets, classes."""
 
@@ -59,6 +60,21 @@ def test_a_choice_is_what_is_documented(cli, models):
     assert ran.status == 0, ran.err
     assert promised("export") <= paths(ran.json)
     assert paths(documented("Choice"), ".choice") <= paths(ran.json)
+
+
+def test_an_engine_and_its_census_are_what_is_documented(cli, models):
+    pytest.importorskip("tensorrt_rtx")
+    section = PAGE.read_text(encoding="utf-8").split("\n## export\n")[1].split("\n## ")[0]
+    engine = json.loads(re.findall(r"```json\n(.*?)```", section, re.DOTALL)[1])
+    words = ("--target", "tensorrt-rtx", "--models", models, "--json")
+    ran = cli("export", "coat_lite_toy", *words)
+    assert ran.status == 0, ran.err
+    assert promised("export") | paths(engine) <= paths(ran.json) | {".engine", ".census"}
+
+
+def test_inspect_prints_what_is_documented(cli, models):
+    told = cli("inspect", "coat_toy/onnxruntime-fp32", "--models", models, "--json").json
+    assert promised("inspect") <= paths(told)
 
 
 def test_validate_prints_what_is_documented(cli, models, labelled, damage):
