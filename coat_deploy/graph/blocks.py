@@ -132,13 +132,15 @@ def norm_ffn(
     """Return X + FFN(LN(X)) of the block `path`: linear, GELU, linear.
 
     `mlp` is what the block calls its FFN. The norm's name ends in `suffix`: parallel blocks share
-    one FFN between three norms, and to fold those takes a copy of its first layer each.
+    one FFN between three norms, and to fold those takes a copy of its first layer each
+    (`GraphForm.fold_shared_to`).
     `both_read`: somebody needs the image's rows and somebody the class token.
     """
     norm = read_norm(weights, f"{path}.norm2{suffix}")
     fc1, fc2 = (read_linear(weights, f"{path}.{mlp}.{layer}", form) for layer in ("fc1", "fc2"))
-    norm, (fc1,) = fold_norm(norm, (fc1,), form.fold_norm)
-    fc1_key = f"fc1{suffix}" if form.fold_norm else "fc1"
+    fold = None if suffix and x.grid.channels > form.fold_shared_to else form.fold_norm
+    norm, (fc1,) = fold_norm(norm, (fc1,), fold)
+    fc1_key = f"fc1{suffix}" if fold else "fc1"
 
     def compute(tokens: Value, part: str, name: str) -> Value:
         end = f"{suffix}{part}"

@@ -35,6 +35,8 @@ class GraphForm:
     fold_norm: the affine part of a LayerNorm moves into the layers that read it: by their weights
         and biases ("bias"), or so that they need no bias ("channel"), which pays where a bias is
         a pass of its own (`folds`). None leaves it with the norm.
+    fold_shared_to: where parallel blocks share an FFN between norms, these are folded up to so many
+        channels: each takes a copy of the first layer, which gains little where it is large.
     int8_from: linear layers of at least so many inputs are computed in 8-bit integers, their
         inputs quantized by their range at run time; None leaves all in float32. Not with
         `fold_norm` by "channel".
@@ -53,6 +55,7 @@ class GraphForm:
     fold_proj_ratio: float = math.inf
     keys: Keys = "transposed"
     fold_norm: NormFold | None = None
+    fold_shared_to: int = 256
     int8_from: int | None = None
     join_ffn_to: float = 0.0
     resize_layout: Literal["nhwc", "nchw"] = "nhwc"
