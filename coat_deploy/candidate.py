@@ -111,22 +111,21 @@ class Candidate:
         return Written(digests, asked_of(graph, self.recipe.lowering))
 
     def _graph(self) -> ModelProto:
+        lowering, graph = self.recipe.lowering, self.float_graph()
+        return graph if lowering.precision == "fp32" else lower(graph, lowering)
+
+    def float_graph(self) -> ModelProto:
+        """Return the graph before anything is lowered. Raises WeightsError, GraphError."""
         recipe, subject = self.recipe, str(self.staging.target.weights_path)
         tensors = read_safetensors(self.staging.folder / WEIGHTS)
         weights = fit(tensors, self.spec, subject=subject)
         options = GraphOptions(recipe.size, recipe.features, recipe.opset)
         if recipe.form == "authored":
             form = get_form(recipe.target, recipe.precision)
-            graph = author_graph(self.spec, weights, form, options)
-        else:
-            from coat_deploy.graph.traced import trace_graph
+            return author_graph(self.spec, weights, form, options)
+        from coat_deploy.graph.traced import trace_graph
 
-            graph = trace_graph(self.spec, weights, options)
-        return (
-            graph
-            if self.recipe.lowering.precision == "fp32"
-            else lower(graph, self.recipe.lowering)
-        )
+        return trace_graph(self.spec, weights, options)
 
     def build(self, written: "Written", tell: Callable[[str], None]) -> tuple[Files, EngineRecord]:
         """Build the engine of the graph aside; return its files, its own first, and what it is.
@@ -163,15 +162,33 @@ class Candidate:
 
         An engine that nothing here can run is stood in for by its graph: `stand_in`.
         """
-        recipe, (file, *others) = self.recipe, files
-        load = LoadOptions(threads=threads, features=recipe.features, precision=recipe.precision)
-        if (runtime := self.stand_in) is None:
-            return require(recipe.target).load(self.staging.folder / VERSION / file, load)
-        load, graph = replace(load, optimise=False), self.staging.folder / VERSION / others[0]
+        file, *others = files
+        if self.stand_in:
+            return self.load_stand_in(others[0], threads)
+        return self._load(
+            self.recipe.target,
+            file,
+            LoadOptions(
+                threads=threads, features=self.recipe.features, precision=self.recipe.precision
+            ),
+        )
+
+    def load_stand_in(self, graph: str, threads: int | None) -> Runner:
+        """Load its graph into the runtime that computes its types on a CPU, node by node.
+
+        Raises: BackendMissing when that is not installed.
+        """
+        types = self.recipe.lowering.precision
+        load = LoadOptions(
+            threads=threads, features=self.recipe.features, precision=types, optimise=False
+        )
         try:
-            return require(runtime).load(graph, load)
+            return self._load(STAND_INS[types], graph, load)
         except PrecisionMissing:  # the types in the graph round its weights, at least
-            return require(runtime).load(graph, replace(load, precision="fp32"))
+            return self._load(STAND_INS[types], graph, replace(load, precision="fp32"))
+
+    def _load(self, target: str, file: str, load: LoadOptions) -> Runner:
+        return require(target).load(self.staging.folder / VERSION / file, load)
 
     @cached_property
     def stand_in(self) -> str | None:
@@ -182,7 +199,7 @@ class Candidate:
         target = self.recipe.target
         if target not in ENGINES or engine_backend(target).unable() is None:
             return None
-        return STAND_INS[self.recipe.precision]
+        return STAND_INS[self.recipe.lowering.precision]
 
     def prove(self, reference: Runner, candidate: Runner, sha256: str, bar: Bar) -> str:
         """Write its proof aside and replay it; return the proof's digest. Raises BelowBar."""
@@ -196,17 +213,28 @@ class Candidate:
         self, reference: Runner, candidate: Runner, bar: Bar, batches: MakeBatches | None
     ) -> Validation:
         """Hold it against the eager network at every size of `sizes`. Raises BelowBar."""
-        make = batches or synthetic_batches
-        images = itertools.chain.from_iterable(
-            make(self.spec.preprocess.at(size)) for size in self.sizes()
-        )
-        validation = validate(reference, candidate, images, bar)
+        validation = self._validation(reference, candidate, bar, batches)
         if not validation.passed:
             raise BelowBar(
                 f"{self.name}: not exported, it does not agree with eager: "
                 f"{' '.join(validation.failures)}"
             )
         return validation
+
+    def agrees(
+        self, reference: Runner, candidate: Runner, bar: Bar, batches: MakeBatches | None
+    ) -> bool:
+        """Return whether it would pass `validate`."""
+        return self._validation(reference, candidate, bar, batches).passed
+
+    def _validation(
+        self, reference: Runner, candidate: Runner, bar: Bar, batches: MakeBatches | None
+    ) -> Validation:
+        make = batches or synthetic_batches
+        images = itertools.chain.from_iterable(
+            make(self.spec.preprocess.at(size)) for size in self.sizes()
+        )
+        return validate(reference, candidate, images, bar)
 
     def sizes(self) -> Sequence[Size]:
         """Return the sizes it is validated at: two that differ in shape, if it takes them."""

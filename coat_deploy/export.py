@@ -11,12 +11,13 @@ import datetime
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from coat_deploy.artifact import Artifact
 from coat_deploy.backends.select import ENGINES, PRECISIONS, require
+from coat_deploy.best import BEST, BEST_OF, find_lowering
 from coat_deploy.candidate import Candidate, MakeBatches, Recipe
 from coat_deploy.engine import BuildOptions, EngineOptions, EngineRecord
 from coat_deploy.errors import UsageError, unknown_name
@@ -188,12 +189,25 @@ def attempt(
     Raises: BelowBar, or any other CoatDeployError; what was made of it stays aside.
     """
     candidate = Candidate(prepared.staging, prepared.spec, recipe)
+    if options.precision == BEST:
+        candidate = replace(candidate, recipe=_best(candidate, options, batches, tell))
+        recipe = candidate.recipe
     tell("writing the graph" if recipe.form == "authored" else "tracing the graph")
     written, record = candidate.write_graph(), None
     files = written.files
     if recipe.build:
         files, record = candidate.build(written, tell)
     return _try(candidate, files, record, options, batches, tell)
+
+
+def _best(
+    candidate: Candidate, options: ExportOptions, batches: MakeBatches | None, tell: Progress
+) -> Recipe:
+    """Return the recipe with the blocks in float32 that it takes."""
+    bar = options.bar or get_bar(candidate.recipe.precision)
+    with candidate.load_reference(options.threads) as reference:
+        lowering = find_lowering(candidate, reference, bar, batches, options.threads, tell)
+    return replace(candidate.recipe, lowering=lowering)
 
 
 def written_spec(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
@@ -215,6 +229,8 @@ def settle_recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
     if options.form not in FORM_NAMES:
         raise UsageError(unknown_name("form", options.form, FORM_NAMES))
     precision = options.precision or known[0]
+    if precision == BEST and options.target in ENGINES and not options.keep_fp32:
+        precision = BEST_OF
     if precision not in known:
         raise UsageError(unknown_name(f"precision for {options.target}", precision, known))
     if options.form == "traced" and precision not in TRACED_PRECISIONS:

@@ -85,7 +85,7 @@ def agree(
     graph = author_graph(spec, weights, form, options)
     load = LoadOptions(precision=precision)
     if target in ENGINES:  # what builds them is tested elsewhere, here what they are built of
-        target = STAND_INS[precision]
+        target = STAND_INS[form.types]
         load = LoadOptions(precision=precision, optimise=False)
     if form.types != "fp32":
         graph = lower(graph, Lowering(form.types))

@@ -18,7 +18,7 @@ RANKS = {
     "backends": 4,
     "measure": 5,
     "train": 6,
-    "diagnosis": 7, "open": 7, "candidate": 7, "export": 7, "choose": 7, "evaluate": 7,
+    "diagnosis": 7, "open": 7, "candidate": 7, "best": 7, "export": 7, "choose": 7, "evaluate": 7,
     "inspection": 7, "study": 7,
     "cli": 8,
     "__main__": 9,

@@ -22,13 +22,8 @@ PRECISIONS = {
 ENGINES = ("tensorrt", "tensorrt-rtx")
 """Targets whose artifacts are engines, built of a graph for one kind of machine."""
 
-STAND_INS = {
-    "fp32": "onnxruntime",
-    "tf32": "onnxruntime",
-    "fp16": "onnxruntime",
-    "bf16": "openvino",
-}
-"""What computes an engine's graph on a CPU, by precision, where no GPU is at hand to run it."""
+STAND_INS = {"fp32": "onnxruntime", "fp16": "onnxruntime", "bf16": "openvino"}
+"""What computes an engine's graph on a CPU, by its types, where no GPU is at hand to run it."""
 
 
 def backend(target: str) -> Backend:

@@ -4,7 +4,7 @@
 
 What differs from the network's file, and why:
 1. K is computed transposed, `K^T = Wk X^T` (B, C, N), where a runtime likes it: softmax over tokens
-   then runs along the last axis. K needs no bias: softmax over tokens does not see it.
+   then runs along the last axis. It needs no bias then: softmax over tokens does not see it.
 2. Heads are never split. The context of all heads is one (C, C) product under a block-diagonal
    mask, which also carries 1 / sqrt(c).
 3. The windows of CRPE are merged to one depthwise convolution.
@@ -81,7 +81,7 @@ def _context(
     """Return softmax_N(K)^T V of every head, scaled, on the diagonal of (B, C, C)."""
     channels = x.grid.channels
     tokens = join_tokens(a, x, "tokens")  # (B, N, C)
-    s = _softmax_of_keys(a, tokens, k, form)  # (B, C, N)
+    s = _softmax_of_keys(a, x, tokens, k, form)  # (B, C, N)
     if x.grid.num_tokens >= form.fold_context_ratio * channels:
         mixed = rows(a, a.matmul(s, tokens, "mix"), channels)  # (B*C, C)
         exact = replace(v, int8=False)  # small, and the whole image goes through it
@@ -93,14 +93,15 @@ def _context(
     return a.mul(context, a.constant(_mask_name(mask), mask), "heads")
 
 
-def _softmax_of_keys(a: Author, tokens: Value, k: Layer, form: GraphForm) -> Value:
-    """Return softmax_N(K)^T (B, C, N) of tokens (B, N, C)."""
+def _softmax_of_keys(a: Author, x: Tokens, tokens: Value, k: Layer, form: GraphForm) -> Value:
+    """Return softmax_N(K)^T (B, C, N) of `x`, whose tokens are joined to (B, N, C)."""
     if form.keys == "transposed":
         k_weight = a.constant(a.path("k.weight"), k.weight)
         keys = a.matmul(k_weight, a.transpose(tokens, (0, 2, 1), "tokens_t"), "k_t")
         return a.softmax(keys, "softmax")
-    keys = a.matmul(tokens, a.constant(a.path("k.weight"), k.weight.T), "k")
-    return a.transpose(a.softmax(keys, "softmax", axis=1), (0, 2, 1), "softmax_t")
+    keys = a.linear(rows(a, tokens, x.grid.channels), replace(k, int8=False), "k")
+    keys = a.softmax(a.reshape(keys, x.grid.joined_shape, "k_tokens"), "softmax", axis=1)
+    return a.transpose(keys, (0, 2, 1), "softmax_t")
 
 
 def _mask_name(mask: Floats) -> str:

@@ -109,10 +109,13 @@ class Author:
         key = key or self.path(name)
         if layer.int8:
             return self._linear_int8(x, layer, name, key)
-        matrix = self.constant(f"{key}.weight", layer.weight.T)
         if layer.bias is None:
+            matrix = self.constant(f"{key}.weight", layer.weight.T)
             return self.node("MatMul", (x, matrix), name)[0]
-        return self.node("Gemm", (x, matrix, self.constant(f"{key}.bias", layer.bias)), name)[0]
+        # The weight as PyTorch keeps it: OpenVINO keeps one that it transposes twice.
+        weight = self.constant(f"{key}.weight", layer.weight)
+        bias = self.constant(f"{key}.bias", layer.bias)
+        return self.node("Gemm", (x, weight, bias), name, transB=1)[0]
 
     def _linear_int8(self, x: Value, layer: Layer, name: str, key: str) -> Value:
         """Return `s_x s_W (x_q - z) W_q^T + b`, in the standard operators that runtimes fuse.

@@ -86,8 +86,7 @@ def lower(model: ModelProto, lowering: Lowering) -> ModelProto:
         )
     for path in lowering.keep:
         if not any(f"{node.name}.".startswith(f"{path}.") for node in model.graph.node):
-            modules = dict.fromkeys(_module(node) for node in model.graph.node)
-            raise UsageError(unknown_name("module to keep in fp32", path, modules))
+            raise UsageError(unknown_name("module to keep in fp32", path, modules(model)))
     return _Lowerer(model, lowering).result()
 
 
@@ -206,12 +205,6 @@ def computed_types(model: ModelProto, integers: bool = False) -> Iterator[tuple[
             yield node, kind
 
 
-def _module(node: NodeProto) -> str:
-    """Return the path of a block, or another module of its size, that a node is of."""
-    parts = str(node.name).split(".")
-    return ".".join(parts[: 2 if parts[0].rstrip("1234").endswith("blocks") else 1])
-
-
 def read_census(path: Path) -> Census:
     """Return what the nodes of a graph's file compute in; int8 for integer products.
 
@@ -225,6 +218,16 @@ def read_census(path: Path) -> Census:
             f"{path}: not a whole ONNX model ({error}). Export it again."
         ) from error
     return Census(tuple(EngineLayer(n.name, n.op_type, n.name, kind) for n, kind in nodes))
+
+
+def modules(model: ModelProto) -> tuple[str, ...]:
+    """Return the paths of blocks, and of other modules of their size, in the graph's order."""
+    return tuple(dict.fromkeys(_module(str(node.name)) for node in model.graph.node))
+
+
+def _module(name: str) -> str:
+    first, *rest = name.split(".")
+    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
 
 
 def _cast(source: str, target: str, kind: str) -> NodeProto:

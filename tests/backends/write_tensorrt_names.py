@@ -1,0 +1,58 @@
+"""Write the official names of a TensorRT into `tensorrt_names.json`.
+
+    python tests/backends/write_tensorrt_names.py tensorrt-11 tensorrt_bindings
+    python tests/backends/write_tensorrt_names.py tensorrt-rtx tensorrt_rtx
+
+They are read from NVIDIA's own Python bindings (packages tensorrt-cu13-bindings and
+tensorrt-rtx-cu13). TensorRT's need its libraries, of which only names are wanted here: where they
+are lacking, empty libraries of their names are made with the C compiler and loaded first.
+"""
+
+import ctypes
+import importlib
+import importlib.metadata
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LISTS = Path(__file__).with_name("tensorrt_names.json")
+LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser", "nvinfer_vc_plugin", "nvinfer_lean")
+
+
+def main(library: str, module_name: str) -> None:
+    """Write the names of a module's classes, with those of their members."""
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, OSError):
+        sys.modules.pop(module_name, None)
+        _load_empty_libraries(module_name)
+        module = importlib.import_module(module_name)
+    names = {
+        name: sorted(member for member in dir(value) if not member.startswith("_"))
+        for name, value in inspect.getmembers(module)
+        if inspect.isclass(value) and not name.startswith("_")
+    }
+    names |= {name: [] for name, value in vars(module).items() if inspect.isroutine(value)}
+    lists = json.loads(LISTS.read_text(encoding="utf-8")) if LISTS.exists() else {}
+    lists[library] = {"version": module.__version__, "source": module_name, "names": names}
+    text = json.dumps(dict(sorted(lists.items())), sort_keys=True, separators=(",", ":"))
+    LISTS.write_text(text.replace('],"', '],\n"') + "\n", encoding="utf-8")
+    print(f"{library} {module.__version__}: {len(names)} names")
+
+
+def _load_empty_libraries(module_name: str) -> None:
+    """Load libraries that hold nothing, of every name that the bindings look for."""
+    version = importlib.metadata.version("tensorrt-cu13-bindings").split(".")[0]
+    folder = Path(tempfile.mkdtemp())
+    for name in LIBRARIES:
+        file = folder / f"lib{name}.so.{version}"
+        command = ["cc", "-shared", "-x", "c", "/dev/null", "-o", str(file)]
+        subprocess.run([*command, f"-Wl,-soname,{file.name}"], check=True)
+        ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
