@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from coat_deploy.candidate import Candidate, MakeBatches
-from coat_deploy.errors import BelowBar
+from coat_deploy.errors import BelowBar, GraphError
 from coat_deploy.graph.precision import Lowering, modules
 from coat_deploy.measure.bar import Bar
 from coat_deploy.runner import Runner
@@ -39,7 +39,10 @@ def find_lowering(
             candidate,
             recipe=replace(candidate.recipe, lowering=replace(lowering, keep=tuple(keep))),
         )
-        files = trial.write_graph().files
+        try:
+            files = trial.write_graph().files
+        except GraphError:  # a weight that the low precision cannot hold
+            return False
         with trial.load_stand_in(next(iter(files)), threads) as runner:
             return trial.agrees(reference, runner, bar, batches)
 

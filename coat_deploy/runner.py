@@ -17,6 +17,8 @@ Pixels = npt.NDArray[np.float32]
 """(B, 3, H, W) float32, normalised."""
 Array = npt.NDArray[np.float32]
 
+DEVICES = ("cpu", "cuda")
+
 LOGITS = "logits"
 FEATURES = ("x1", "x2", "x3", "x4")
 INPUT = "pixels"
@@ -44,6 +46,7 @@ class LoadOptions:
     hand; else its images are divided among the threads.
     `optimise`: False computes node by node in just the types the graph has (onnxruntime), or
     without the code generator for chains of nodes (OpenVINO), which is slow, and simple.
+    `device`: one of `DEVICES`, "cuda" being the first GPU, for targets that run on either.
     `precision`: what the runtime should compute in, where it decides (OpenVINO).
     `compile`: eager only, `torch.compile`.
     `features`: eager only, the maps x1..x4 instead of logits.
@@ -62,6 +65,7 @@ class LoadOptions:
     batch: int = 1
     whole_batches: bool = False
     optimise: bool = True
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.streams < 1:

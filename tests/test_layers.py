@@ -27,7 +27,7 @@ RANKS = {
 
 HEAVY = {
     "torch": {"network/", "train/", "graph/traced.py", "backends/eager.py", "study/"},
-    "onnxruntime": {"backends/onnxruntime.py"},
+    "onnxruntime": {"backends/onnxruntime.py", "backends/onnxruntime_cuda.py"},
     "openvino": {"backends/openvino.py", "backends/openvino_compile.py"},
     "tensorrt": set(),
     "tensorrt_rtx": set(),

@@ -1,4 +1,4 @@
-"""The network in PyTorch, on the CPU: the reference of every artifact."""
+"""The network in PyTorch: on the CPU the reference of every artifact, on a GPU a contender."""
 
 import importlib.metadata
 import importlib.util
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coat_deploy.backends.pixels import accept
-from coat_deploy.errors import BackendMissing, RunnerError
+from coat_deploy.errors import BackendMissing, DeviceMissing, RunnerError
 from coat_deploy.runner import (
     FEATURES,
     INPUT,
@@ -49,12 +49,14 @@ def load(path: Path, options: LoadOptions) -> "EagerRunner":
     """Load the model folder `path`, float32, in evaluation mode.
 
     Raises: SpecError, WeightsError as the folder's files deserve; BackendMissing where
-    `torch.compile` is asked for and has no compiler.
+    `torch.compile` is asked for and has no compiler; DeviceMissing where PyTorch has no GPU.
     """
     if options.compile:
         require_compiler()
     import torch
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise DeviceMissing(f"eager: PyTorch {torch.__version__} finds no NVIDIA GPU.")
     from coat_deploy.model import Model
     from coat_deploy.network.coat import create_network
     from coat_deploy.network.weights import fit, read_safetensors
@@ -97,13 +99,14 @@ class EagerRunner(Closing):
         self._calling = _CallingThread()
         self._prepare_thread()
         self._taps = options.taps
-        self._network = network
+        self._device = options.device
+        self._network = network.to(self._device)
         self._hooks = [
             module.register_forward_hook(self._recorder(path))
             for path, module in network.named_modules()
             if any(tap.rpartition(".")[0] == path for tap in self._taps)
         ]
-        self._step = torch.compile(network) if options.compile else network
+        self._step = torch.compile(self._network) if options.compile else self._network
         size = ("height", "width")
         self.inputs: tuple[TensorSpec, ...] = (TensorSpec(INPUT, "float32", ("batch", 3, *size)),)
         names = FEATURES if options.features else (LOGITS,)
@@ -134,7 +137,7 @@ class EagerRunner(Closing):
             else:
                 tokens["image"], tokens["cls"] = output[:, 1:], output[:, 0]
             for name, value in tokens.items():
-                self._calling.recorded[f"{path}.{name}"] = value.numpy().copy()
+                self._calling.recorded[f"{path}.{name}"] = value.cpu().numpy().copy()
 
         return record
 
@@ -146,13 +149,14 @@ class EagerRunner(Closing):
         self._calling.recorded = recorded
         try:
             with self._torch.inference_mode():
-                output = self._step(self._torch.from_numpy(pixels))
+                output = self._step(self._torch.from_numpy(pixels).to(self._device))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise RunnerError(f"eager: {reason} (input {pixels.shape}).") from error
         outputs = output if isinstance(output, tuple) else (output,)
         named = {
-            spec.name: value.numpy() for spec, value in zip(self.outputs, outputs, strict=True)
+            spec.name: value.cpu().numpy()
+            for spec, value in zip(self.outputs, outputs, strict=True)
         }
         for tap in self._taps:
             if tap not in recorded:
@@ -161,11 +165,15 @@ class EagerRunner(Closing):
 
     def bind(self, pixels: Pixels) -> Callable[[], object]:
         """Return a step that runs `pixels`."""
-        tensor = self._torch.from_numpy(accept(pixels, self.inputs[0], self.target))
+        pixels = accept(pixels, self.inputs[0], self.target)
+        tensor = self._torch.from_numpy(pixels).to(self._device)
 
         def step() -> object:
             self._prepare_thread()
             with self._torch.inference_mode():
-                return self._step(tensor)
+                output = self._step(tensor)
+            if self._device == "cuda":  # which answers before it has computed
+                self._torch.cuda.synchronize()
+            return output
 
         return step

@@ -1,4 +1,4 @@
-"""onnxruntime on the CPU."""
+"""onnxruntime on the CPU; on a GPU `onnxruntime_cuda` takes over."""
 
 import importlib.util
 import threading
@@ -15,7 +15,7 @@ from coat_deploy.backends.file_stamp import FileStamp
 from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import CorruptArtifact, RunnerError
 from coat_deploy.machine import usable_threads
-from coat_deploy.runner import Array, Closing, LoadOptions, Pixels, TensorSpec
+from coat_deploy.runner import Array, Closing, LoadOptions, Pixels, Runner, TensorSpec
 
 _CORRUPT = ("InvalidProtobuf", "InvalidArgument", "InvalidGraph", "NoSuchFile", "NoModel")
 """What onnxruntime calls the errors of a file that is broken, not of one it cannot run."""
@@ -37,12 +37,16 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def load(path: Path, options: LoadOptions) -> "OnnxRuntimeRunner":
-    """Load an ONNX file on the CPU.
+def load(path: Path, options: LoadOptions) -> Runner:
+    """Load an ONNX file on the CPU, or on the GPU that `options.device` asks for.
 
     Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
-    onnxruntime does not take.
+    onnxruntime does not take; DeviceMissing where there is no GPU for it.
     """
+    if options.device == "cuda":
+        from coat_deploy.backends import onnxruntime_cuda
+
+        return onnxruntime_cuda.load(path, options)
     return OnnxRuntimeRunner(Opener(path, options.taps, options.optimise), options)
 
 
@@ -88,6 +92,25 @@ class Opener:
             raise RunnerError(f"{self.path}: onnxruntime does not load it ({reason}).") from error
 
 
+def open_session(path: Path, source: str | bytes, settings: Any, providers: Sequence[Any]) -> Any:
+    """Return a session of `source`, which is the file at `path` or made of it.
+
+    Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
+    onnxruntime does not take.
+    """
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(source, settings, providers=list(providers))
+    except Exception as error:  # onnxruntime's classes are private and share no base
+        reason = str(error).splitlines()[0]
+        if type(error).__name__ in _CORRUPT:
+            raise CorruptArtifact(
+                f"{path}: not a whole ONNX model (onnxruntime: {reason}). Export it again."
+            ) from error
+        raise RunnerError(f"{path}: onnxruntime does not load it ({reason}).") from error
+
+
 class OnnxRuntimeRunner(Closing):
     """Computes images one by one, as many at once as the threads can be divided among.
 
@@ -109,8 +132,8 @@ class OnnxRuntimeRunner(Closing):
         self._callers = ThreadPoolExecutor(usable_threads(), thread_name_prefix="onnxruntime")
         requests = 1 if options.whole_batches else options.batch
         first = self._session(self._rounds(requests)[0][0])
-        self.inputs = tuple(map(_spec, first.get_inputs()))
-        self.outputs = tuple(map(_spec, first.get_outputs()))
+        self.inputs = tuple(map(read_spec, first.get_inputs()))
+        self.outputs = tuple(map(read_spec, first.get_outputs()))
 
     def close(self) -> None:
         """Free the sessions, and end the threads that call them."""
@@ -193,7 +216,8 @@ class OnnxRuntimeRunner(Closing):
             return self._sessions[at_once]
 
 
-def _spec(value: Any) -> TensorSpec:
+def read_spec(value: Any) -> TensorSpec:
+    """Return what a session says of an input or output."""
     dtype = value.type.removeprefix("tensor(").removesuffix(")")
     # A tapped tensor has dimensions without even a name.
     shape = tuple("?" if length is None else length for length in value.shape)

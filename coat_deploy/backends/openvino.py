@@ -45,6 +45,8 @@ def load(path: Path, options: LoadOptions) -> "OpenVinoRunner":
     """
     if options.precision not in TYPES:
         raise UsageError(unknown_name("OpenVINO precision", options.precision, TYPES))
+    if options.device != "cpu":
+        raise UsageError("openvino: runs on the CPU here. Leave --device out.")
     compiler = Compiler(
         path,
         options.precision,

@@ -46,6 +46,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Images a step.")] = 16,
     strict: console.StrictOption = False,
     threads: console.ThreadsOption = None,
+    device: console.DeviceOption = "cpu",
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
     split: Annotated[
@@ -131,7 +132,7 @@ def evaluate(
     images = open_split(data, split, options)
     title = f"evaluating {opened.name}"
     with (
-        open_source(source, LoadOptions(threads=threads, batch=batch)) as runner,
+        open_source(source, LoadOptions(threads=threads, batch=batch, device=device)) as runner,
         console.progress_bar(title, min(limit or len(images), len(images))) as advance,
     ):
         found = run(

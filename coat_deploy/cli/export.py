@@ -253,8 +253,10 @@ def read_limits(
 
 def read_bar(precision: str | None, limits: "Mapping[str, float]") -> "Bar | None":
     """Return the precision's bar with `limits` in place of its own, None without any."""
+    from coat_deploy.best import BEST, BEST_OF
     from coat_deploy.measure.bar import BARS
 
+    precision = BEST_OF if precision == BEST else precision
     # A precision that cannot be is told by the export, which knows the target's.
     return BARS.get(precision or "fp32", BARS["fp32"]).override(**limits) if limits else None
 

@@ -35,6 +35,7 @@ def predict(
     batch: Annotated[str, typer.Option(metavar="N", help="Images a step.")] = "8",
     strict: console.StrictOption = False,
     threads: console.ThreadsOption = None,
+    device: console.DeviceOption = "cpu",
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
 ) -> None:
@@ -61,7 +62,9 @@ def predict(
     labels = read_labels(opened.spec)
     predictions: list[dict[str, Any]] = []
     with (
-        open_source(source, LoadOptions(threads=threads, batch=max(batches))) as runner,
+        open_source(
+            source, LoadOptions(threads=threads, batch=max(batches), device=device)
+        ) as runner,
         console.progress_bar("predicting", len(found.found)) as advance,
     ):
         for part in found.batches(opened.spec.preprocess.at(source.size)):

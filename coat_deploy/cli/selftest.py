@@ -28,6 +28,7 @@ def selftest(
         typer.Option(metavar="NAME", help="Only artifacts of this target. Default: all."),
     ] = None,
     threads: console.ThreadsOption = None,
+    device: console.DeviceOption = "cpu",
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
 ) -> None:
@@ -53,7 +54,7 @@ def selftest(
         results = []
         for artifact in artifacts:
             tell(artifact.name)
-            results.append(test(opened, artifact, threads))
+            results.append(test(opened, artifact, threads, device))
     failed = [result for result in results if result["passed"] is False]
     tested = [result for result in results if result["passed"] is not None]
     passed = bool(tested) and not failed
@@ -77,7 +78,7 @@ def selftest(
         raise BackendMissing(f"{opened.name}: nothing was tested. {results[0]['error']}.")
 
 
-def test(model: "Model", artifact: "Artifact", threads: int | None) -> dict[str, Any]:
+def test(model: "Model", artifact: "Artifact", threads: int | None, device: str) -> dict[str, Any]:
     """Replay an artifact's proof; return how that went, `passed` None if it could not be tried."""
     from coat_deploy.backends.select import unusable
     from coat_deploy.open import Source, check_engine
@@ -99,7 +100,9 @@ def test(model: "Model", artifact: "Artifact", threads: int | None) -> dict[str,
         model.check_parents(artifact)
         model.check_files(artifact)
         check_engine(model, artifact)
-        load = Source(model, artifact.target, artifact).loader(LoadOptions(threads=threads))
+        load = Source(model, artifact.target, artifact).loader(
+            LoadOptions(threads=threads, device=device)
+        )
         with load() as runner:
             agreement = replay(model, artifact, runner)
     except SpecError:

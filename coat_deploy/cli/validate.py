@@ -68,6 +68,7 @@ def validate(
     ] = False,
     strict: console.StrictOption = False,
     threads: console.ThreadsOption = None,
+    device: console.DeviceOption = "cpu",
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
     target: Annotated[
@@ -158,7 +159,7 @@ def validate(
     title = f"validating {artifact.name}"
     with (
         load_unchecked("eager", opened.folder, load) as reference,
-        source.loader(load)() as candidate,
+        source.loader(replace(load, device=device))() as candidate,
         console.progress_bar(title, len(found.found) * len(sizes)) as advance,
     ):
         validation = run(reference, candidate, batches(), bar, advance)

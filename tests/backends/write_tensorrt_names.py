@@ -11,6 +11,7 @@ are lacking, empty libraries of their names are made with the C compiler and loa
 import ctypes
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import subprocess
@@ -44,13 +45,22 @@ def main(library: str, module_name: str) -> None:
 
 
 def _load_empty_libraries(module_name: str) -> None:
-    """Load libraries that hold nothing, of every name that the bindings look for."""
+    """Load libraries of every name that the bindings look for, whose functions do nothing."""
     version = importlib.metadata.version("tensorrt-cu13-bindings").split(".")[0]
+    found = importlib.util.find_spec(module_name)
+    assert found and found.origin
+    (binding,) = Path(found.origin).parent.glob("tensorrt*.so")
+    listed = subprocess.run(["nm", "-D", "-u", binding], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    # Those of libc and libstdc++ bear a version, Python's begin with its name.
+    lacking = [name for name in symbols if "@" not in name and not name.startswith(("Py", "_Py"))]
+    source = "".join(f"void {name}(void) {{}}\n" for name in lacking)
     folder = Path(tempfile.mkdtemp())
-    for name in LIBRARIES:
+    for i, name in enumerate(LIBRARIES):
         file = folder / f"lib{name}.so.{version}"
-        command = ["cc", "-shared", "-x", "c", "/dev/null", "-o", str(file)]
-        subprocess.run([*command, f"-Wl,-soname,{file.name}"], check=True)
+        command = ["cc", "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", str(file)]
+        content = "" if i else source
+        subprocess.run([*command, f"-Wl,-soname,{file.name}"], input=content, text=True, check=True)
         ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
 
 

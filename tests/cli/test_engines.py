@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("tensorrt_rtx")
 
 from coat_deploy.backends import cuda  # noqa: E402
+from coat_deploy.model import Model  # noqa: E402
+from coat_deploy.network.weights import load_checkpoint  # noqa: E402
 
 NO_GPU = pytest.mark.skipif(cuda.problem() is None, reason="there is a GPU")
 NAME = "tensorrt-rtx-fp16"
@@ -123,6 +127,41 @@ def test_an_engine_of_another_version_is_not_loaded(cli, models, photos):
         "coat-deploy export coat_lite_toy --target tensorrt-rtx --precision fp16 --batch 1,2,4"
     )
     assert command in ran.err
+
+
+# best
+
+
+@pytest.mark.parametrize(
+    ("factor", "kept"),
+    [(1, None), (1e6, ["logits"]), (1e8, ["logits"])],
+    ids=["nothing", "logits overflow", "weights overflow"],
+)
+def test_best_keeps_just_the_block_that_float16_cannot_hold(cli, bare, tmp_path, factor, kept):
+    spec = Model(bare / "coat_lite_toy").spec
+    tensors = load_checkpoint("random:0", spec).tensors
+    head = np.float32(factor) * tensors["head.weight"]
+    save_file({**tensors, "head.weight": head}, tmp_path / "wide.safetensors")
+    words = ("--weights", tmp_path / "wide.safetensors", "--precision", "best", "--json")
+    ran = export(cli, bare, *words)
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.json["name"] == NAME
+    assert ran.json["engine"]["options"].get("keep_fp32") == kept
+    (logits,) = ran.json["census"]["by_stage"]["logits"]
+    assert logits == ("fp32" if kept else "fp16")
+
+
+def test_best_of_what_cannot_be_is_below_the_bar(cli, models):
+    words = ("--precision", "best", "--max-abs-difference", "0")
+    ran = export(cli, models, *words)
+    assert ran.status == 3
+    assert "not even with every block in fp32" in ran.err
+
+
+def test_best_is_for_engines(cli, models):
+    ran = cli("export", "coat_lite_toy", "--models", models, "--precision", "best")
+    assert ran.status == 2
+    assert "unknown precision for onnxruntime 'best'" in ran.err
 
 
 # inspect

@@ -1,0 +1,209 @@
+"""onnxruntime on an NVIDIA GPU, by its CUDA provider, and never by its CPU's in silence.
+
+Asked for CUDA alone, onnxruntime may still hand out a session of the CPU with no more than a line
+in its log. Three things are asked of it instead: to refuse nodes on the CPU, which providers a
+session has, and which node it gave to which.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coat_deploy.backends.onnxruntime import open_session, read_spec
+from coat_deploy.backends.pixels import accept
+from coat_deploy.errors import DeviceMissing, RunnerError, UsageError
+from coat_deploy.runner import Array, Closing, LoadOptions, Pixels
+
+PROVIDER = "CUDAExecutionProvider"
+
+ON_CPU = frozenset({"Shape", "Slice", "Concat", "Gather", "ReduceProd", "Add", "Cast", "Identity"})
+"""Operators that compute shapes where the image size is open: of a few integers, on the CPU."""
+
+MAX_SHAPES = 8
+"""Shapes that are kept ready; the one not used for longest makes room."""
+
+
+def load(path: Path, options: LoadOptions) -> "OnnxRuntimeCudaRunner":
+    """Load an ONNX file on the first GPU, in float32 proper: without TF32, unless asked for.
+
+    Raises: DeviceMissing where onnxruntime cannot use a GPU; RunnerError where it would compute
+    anything but shapes on the CPU; CorruptArtifact.
+    """
+    if options.taps:
+        raise UsageError("onnxruntime: inner tensors are to be had on the CPU alone.")
+    if options.streams > 1:
+        raise UsageError("onnxruntime: a GPU takes one request at a time. Leave streams out.")
+    import onnxruntime
+
+    if PROVIDER not in onnxruntime.get_available_providers():
+        raise DeviceMissing(
+            f"onnxruntime {onnxruntime.__version__}: this package has no CUDA. Run: pip uninstall "
+            'onnxruntime, then: pip install "coat-deploy[gpu]"'
+        )
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's and cuDNN's, from their packages where they are
+    try:
+        session = _open(path, options, strict=True)
+        return OnnxRuntimeCudaRunner(session, captured=True)
+    except RunnerError as error:
+        if "fallback" not in str(error):
+            raise
+    # A graph of open size computes shapes on the CPU; that and nothing else is let through.
+    return OnnxRuntimeCudaRunner(_open(path, options, strict=False), captured=False)
+
+
+def _open(path: Path, options: LoadOptions, *, strict: bool) -> Any:
+    """Return a session that computes on the GPU; strict: without a single node on the CPU."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if strict:
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    provider = {
+        "device_id": "0",
+        "use_tf32": "1" if options.precision == "tf32" else "0",
+        "enable_cuda_graph": "1" if strict else "0",
+    }
+    session = open_session(path, str(path), settings, [(PROVIDER, provider)])
+    check_placement(path, session)
+    return session
+
+
+def check_placement(path: Path, session: Any) -> None:
+    """Raise DeviceMissing for a session of the CPU, RunnerError naming nodes that it runs there."""
+    providers = session.get_providers()
+    if not providers or providers[0] != PROVIDER:
+        raise DeviceMissing(
+            f"{path}: onnxruntime does not use the GPU (it took {', '.join(providers)}). "
+            "coat-deploy doctor tells which of CUDA's libraries it did not find."
+        )
+    astray = [
+        f"{node.name} ({node.op_type})"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != PROVIDER
+        for node in part.get_nodes()
+        if node.op_type not in ON_CPU
+    ]
+    if astray:
+        rest = f", and {len(astray) - 3} more" if len(astray) > 3 else ""
+        raise RunnerError(
+            f"{path}: onnxruntime would compute {len(astray)} nodes on the CPU: "
+            f"{', '.join(astray[:3])}{rest}. Export the model again for this version, or with a "
+            "fixed --size."
+        )
+
+
+class OnnxRuntimeCudaRunner(Closing):
+    """Runs whole batches; inputs and outputs stay on the device while it computes.
+
+    captured: the network is captured as a CUDA graph for every shape, and replayed.
+    """
+
+    target = "onnxruntime"
+
+    def __init__(self, session: Any, *, captured: bool) -> None:
+        self._session, self._captured = session, captured
+        self.inputs = tuple(map(read_spec, session.get_inputs()))
+        self.outputs = tuple(map(read_spec, session.get_outputs()))
+        self._bound: OrderedDict[tuple[int, ...], Bound] = OrderedDict()
+        self._graphs = 0
+
+    def close(self) -> None:
+        """Free the session and what it holds on the device."""
+        self._bound.clear()
+        del self._session
+
+    def run(self, pixels: Pixels) -> Mapping[str, Array]:
+        """Return the outputs by name, in host memory. Raises RunnerError."""
+        pixels = accept(pixels, self.inputs[0], self.target)
+        bound = self._bound.get(pixels.shape) or self._new(pixels.shape)
+        self._bound[pixels.shape] = bound
+        self._bound.move_to_end(pixels.shape)
+        while len(self._bound) > MAX_SHAPES:
+            self._bound.popitem(last=False)
+        bound.put(pixels)
+        bound.compute()
+        return dict(zip((spec.name for spec in self.outputs), bound.get(), strict=True))
+
+    def bind(self, pixels: Pixels) -> Callable[[], object]:
+        """Return a step that computes on the device, from a copy there to outputs there."""
+        pixels = accept(pixels, self.inputs[0], self.target)
+        bound = self._new(pixels.shape)
+        bound.put(pixels)
+
+        def step() -> object:
+            bound.compute()
+            return bound
+
+        return step
+
+    def _new(self, shape: tuple[int, ...]) -> "Bound":
+        """Return memory for a shape, and a number of its own for its CUDA graph."""
+        self._graphs += 1
+        graph = self._graphs if self._captured else None
+        names = [spec.name for spec in self.outputs]
+        return Bound(self._session, self.inputs[0].name, names, shape, graph)
+
+
+class Bound:
+    """A shape's memory on the device, bound to the session."""
+
+    def __init__(
+        self,
+        session: Any,
+        name: str,
+        outputs: Sequence[str],
+        shape: tuple[int, ...],
+        graph: int | None,
+    ) -> None:
+        import onnxruntime
+
+        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        self._session = session
+        self._input = make(list(shape), np.float32, "cuda", 0)
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(name, self._input)
+        for output in outputs:
+            self._binding.bind_output(output, "cuda")
+        self._run_options = _run_options("-1")  # outside of graphs
+        if graph is None:
+            return
+        self.compute()  # says what shapes the outputs have, which a graph needs to know
+        shapes = [value.shape() for value in self._binding.get_outputs()]
+        self._binding.clear_binding_outputs()
+        for output, there in zip(outputs, shapes, strict=True):
+            value = make(there, np.float32, "cuda", 0)
+            self._binding.bind_ortvalue_output(output, value)
+        self._run_options = _run_options(str(graph))
+        self.compute()  # captures it
+
+    def put(self, pixels: Pixels) -> None:
+        """Copy images in."""
+        self._input.update_inplace(pixels)
+
+    def compute(self) -> None:
+        """Compute, and return when it is done. Raises RunnerError."""
+        try:
+            self._session.run_with_iobinding(self._binding, self._run_options)
+        except Exception as error:  # onnxruntime's classes are private and share no base
+            reason = str(error).splitlines()[0]
+            hint = " Take a smaller batch." if "alloc" in reason.lower() else ""
+            raise RunnerError(f"onnxruntime on CUDA: {reason}.{hint}") from error
+
+    def get(self) -> list[Array]:
+        """Return the outputs, copied to the host."""
+        return [np.asarray(value.numpy(), np.float32) for value in self._binding.get_outputs()]
+
+
+def _run_options(graph: str) -> Any:
+    """Return options of a run that captures or replays a CUDA graph, by its number."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", graph)
+    return options

@@ -1,0 +1,211 @@
+"""onnxruntime on a GPU against an onnxruntime that is made up: what it must never do in silence."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from coat_deploy.backends import onnxruntime, onnxruntime_cuda
+from coat_deploy.errors import DeviceMissing, RunnerError, UsageError
+from coat_deploy.runner import LoadOptions
+
+CUDA = LoadOptions(device="cuda")
+NODE = SimpleNamespace(name="serial_blocks1.0.norm1", op_type="LayerNormalization")
+SHAPE = SimpleNamespace(name="shape", op_type="Shape")
+
+
+class FakeValue:
+    def __init__(self, values):
+        self.values = values
+
+    def shape(self):
+        return list(self.values.shape)
+
+    def numpy(self):
+        return self.values
+
+    def update_inplace(self, values):
+        self.values[:] = values
+
+
+class FakeBinding:
+    def __init__(self):
+        self.input, self.outputs = None, {}
+
+    def bind_ortvalue_input(self, name, value):
+        self.input = value
+
+    def bind_output(self, name, device):
+        assert device == "cuda"
+        self.outputs[name] = None
+
+    def bind_ortvalue_output(self, name, value):
+        self.outputs[name] = value
+
+    def clear_binding_outputs(self):
+        self.outputs = {}
+
+    def get_outputs(self):
+        return list(self.outputs.values())
+
+
+class FakeSession:
+    """Sums each image; `cpu` are the nodes that it would compute on the CPU."""
+
+    def __init__(self, cpu=(), providers=("CUDAExecutionProvider", "CPUExecutionProvider")):
+        self.cpu, self.providers, self.graphs = cpu, providers, []
+
+    def get_providers(self):
+        return list(self.providers)
+
+    def get_provider_graph_assignment_info(self):
+        parts = {"CUDAExecutionProvider": [SHAPE], "CPUExecutionProvider": list(self.cpu)}
+        return [
+            SimpleNamespace(ep_name=name, get_nodes=lambda nodes=nodes: nodes)
+            for name, nodes in parts.items()
+        ]
+
+    def get_inputs(self):
+        shape = ["batch", 3, 32, 32]
+        return [SimpleNamespace(name="pixels", type="tensor(float)", shape=shape)]
+
+    def get_outputs(self):
+        return [SimpleNamespace(name="logits", type="tensor(float)", shape=["batch", 1])]
+
+    def io_binding(self):
+        return FakeBinding()
+
+    def run_with_iobinding(self, binding, options):
+        if len(binding.input.values) > 64:
+            raise RuntimeError("BFCArena: Failed to allocate memory")
+        self.graphs.append(options.get_run_config_entry("gpu_graph_id"))
+        sums = binding.input.values.sum((1, 2, 3))[:, None]
+        for name, value in binding.outputs.items():
+            if value is None:
+                binding.outputs[name] = FakeValue(sums)
+            else:
+                value.values[:] = sums
+
+
+@pytest.fixture
+def load(monkeypatch, tmp_path):
+    """Load a file on a made-up GPU; `opened` has the settings of every session."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+    empty = lambda shape, dtype, device, number: FakeValue(np.zeros(shape, dtype))  # noqa: E731
+    monkeypatch.setattr(ort, "OrtValue", SimpleNamespace(ortvalue_from_shape_and_type=empty))
+
+    def load(session, options=CUDA):
+        load.opened = []
+
+        def create(source, settings, providers):
+            strict = settings.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+            load.opened.append((strict, dict(providers)["CUDAExecutionProvider"]))
+            if strict and session.cpu:
+                raise RuntimeError("This session contains graph nodes that fallback to the CPU")
+            return session
+
+        monkeypatch.setattr(ort, "InferenceSession", create)
+        return onnxruntime.load(tmp_path / "toy.onnx", options)
+
+    monkeypatch.setattr(
+        ort.SessionOptions, "get_session_config_entry", _entry_or_nothing(ort), raising=True
+    )
+    return load
+
+
+def _entry_or_nothing(ort):
+    get = ort.SessionOptions.get_session_config_entry
+
+    def entry(self, key):
+        try:
+            return get(self, key)
+        except RuntimeError:
+            return ""
+
+    return entry
+
+
+def pixels(batch):
+    return np.random.default_rng(batch).standard_normal((batch, 3, 32, 32), np.float32)
+
+
+def sums(x):
+    return x.sum((1, 2, 3))[:, None]
+
+
+def test_a_session_of_the_gpu_computes_there(load) -> None:
+    with load(FakeSession()) as runner:
+        for batch in (1, 4, 1):
+            got = runner.run(pixels(batch))["logits"]
+            assert np.allclose(got, sums(pixels(batch)), atol=1e-3)
+    assert load.opened == [(True, {"device_id": "0", "use_tf32": "0", "enable_cuda_graph": "1"})]
+
+
+def test_every_shape_has_a_cuda_graph_of_its_own(load) -> None:
+    session = FakeSession()
+    with load(session) as runner:
+        for batch in (1, 4, 1, 4):
+            runner.run(pixels(batch))
+    # Each shape once outside of graphs, once to capture it, and then by its number.
+    assert session.graphs == ["-1", "1", "1", "-1", "2", "2", "1", "2"]
+
+
+def test_float32_is_float32_unless_tf32_is_asked_for(load) -> None:
+    load(FakeSession(), LoadOptions(device="cuda", precision="tf32")).close()
+    assert load.opened[0][1]["use_tf32"] == "1"
+
+
+def test_nodes_on_the_cpu_are_refused_by_name(load) -> None:
+    with pytest.raises(RunnerError) as caught:
+        load(FakeSession(cpu=[SHAPE, NODE]))
+    assert "would compute 1 nodes on the CPU: serial_blocks1.0.norm1 (Layer" in str(caught.value)
+
+
+def test_shapes_alone_may_be_computed_on_the_cpu(load) -> None:
+    session = FakeSession(cpu=[SHAPE])
+    with load(session) as runner:
+        assert np.allclose(runner.run(pixels(2))["logits"], sums(pixels(2)), atol=1e-3)
+    assert [strict for strict, _ in load.opened] == [True, False]
+    assert load.opened[1][1]["enable_cuda_graph"] == "0"
+    assert set(session.graphs) == {"-1"}
+
+
+def test_a_session_of_the_cpu_is_refused(load) -> None:
+    with pytest.raises(DeviceMissing, match="does not use the GPU .it took CPUExecutionProvider"):
+        load(FakeSession(providers=["CPUExecutionProvider"]))
+
+
+def test_a_package_without_cuda_says_which_to_install(load, monkeypatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(DeviceMissing, match=r"pip uninstall onnxruntime, then: pip install"):
+        load(FakeSession())
+
+
+def test_memory_that_lacks_is_told(load) -> None:
+    with load(FakeSession()) as runner:
+        with pytest.raises(RunnerError, match=r"Failed to allocate memory\. Take a smaller batch"):
+            runner.run(pixels(65))
+        runner.run(pixels(2))
+
+
+def test_shapes_beyond_the_most_make_room(load) -> None:
+    with load(FakeSession()) as runner:
+        for batch in range(1, 20):
+            runner.run(pixels(batch))
+        assert len(runner._bound) == onnxruntime_cuda.MAX_SHAPES
+
+
+def test_bound_steps_have_memory_of_their_own(load) -> None:
+    with load(FakeSession()) as runner:
+        first, second = runner.bind(pixels(2)), runner.bind(2 * pixels(2))
+        one, two = first(), second()
+        assert np.allclose(one.get()[0], sums(pixels(2)), atol=1e-3)
+        assert np.allclose(two.get()[0], sums(2 * pixels(2)), atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"taps": ("x",)}, {"streams": 2, "threads": 2}])
+def test_what_a_gpu_does_not_do_is_refused(load, options) -> None:
+    with pytest.raises(UsageError):
+        load(FakeSession(), LoadOptions(device="cuda", **options))
