@@ -11,7 +11,7 @@ from coat_deploy.measure import limits
 pytestmark = pytest.mark.usefixtures("brief", "quick_limits")
 
 QUICK = ("--budget", "0.1", "--threads", "1")
-WITH_INT8 = {
+ON_A_CPU = {
     "eager": ("fp32",), "onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16"),
 }  # fmt: skip
 
@@ -31,7 +31,8 @@ def two(monkeypatch):
 
 
 def test_peers_are_pytorch_and_every_precision_traced_and_authored(monkeypatch):
-    monkeypatch.setattr(select, "PRECISIONS", WITH_INT8)
+    monkeypatch.setattr(select, "TARGETS", tuple(ON_A_CPU))
+    monkeypatch.setattr(select, "PRECISIONS", ON_A_CPU)
     assert [entry.text for entry in peers.peer_entries()] == [
         *("eager", "eager:compile"),
         *("onnxruntime:traced", "openvino:traced", "openvino:bf16:traced"),
@@ -52,8 +53,14 @@ def test_peers_are_pytorch_and_every_precision_traced_and_authored(monkeypatch):
     ],
 )
 def test_an_authored_graph_is_held_against_the_traced_one_of_its_runtime(monkeypatch, name, peer):
-    monkeypatch.setattr(select, "PRECISIONS", WITH_INT8)
+    monkeypatch.setattr(select, "TARGETS", tuple(ON_A_CPU))
+    monkeypatch.setattr(select, "PRECISIONS", ON_A_CPU)
     assert Entry.parse(name).peer(peers.peer_entries()) == peer
+
+
+def test_engines_are_peers_too_in_every_precision():
+    names = {entry.text for entry in peers.peer_entries()}
+    assert {"tensorrt", "tensorrt:fp16", "tensorrt:fp16:traced", "tensorrt-rtx:bf16"} <= names
 
 
 def test_without_a_traced_graph_there_is_nothing_to_be_held_against():
