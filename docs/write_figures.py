@@ -35,7 +35,8 @@ def read_records() -> list[Record]:
         for path in sorted(RECORDS.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
-    return sorted((line for line in lines if "p50_ms" in line), key=_date)
+    latencies = (line for line in lines if "p50_ms" in line and line.get("kind") != "throughput")
+    return sorted(latencies, key=_date)
 
 
 def newest_runs(records: list[Record]) -> dict[tuple[str, int], Run]:
