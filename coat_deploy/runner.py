@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from coat_deploy.errors import UsageError
+from coat_deploy.errors import UsageError, unknown_name
 from coat_deploy.machine import usable_threads
 
 Pixels = npt.NDArray[np.float32]
@@ -68,6 +68,8 @@ class LoadOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise UsageError(unknown_name("device", self.device, DEVICES))
         if self.streams < 1:
             raise UsageError(f"streams: too few (got {self.streams}, expected 1 or more).")
         if self.total_threads is not None and self.streams > self.total_threads:

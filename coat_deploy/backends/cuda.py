@@ -6,7 +6,7 @@ Nothing here imports them before it is called. All errors are RunnerErrors in on
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,12 +138,6 @@ class Buffer:
         self.address = int(call(runtime.cudaMalloc, self.bytes))
         self._host: int | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exit: object) -> None:
-        self.close()
-
     def put(self, values: Array, stream: Stream) -> None:
         """Copy values in; the caller's array is free at once."""
         host = self._host_array(values.shape)
@@ -151,7 +145,8 @@ class Buffer:
         self._copy(self.address, self._host, host.nbytes, "cudaMemcpyHostToDevice", stream)
 
     def put_device(self, address: int, count: int, stream: Stream) -> None:
-        """Copy `count` bytes in from elsewhere on the device."""
+        """Copy `count` bytes in from elsewhere on the device, when what writes them is done."""
+        call(self._runtime.cudaDeviceSynchronize)  # it may be on a stream that nobody names
         self._copy(self.address, address, count, "cudaMemcpyDeviceToDevice", stream)
 
     def get(self, shape: tuple[int, ...], stream: Stream) -> Array:

@@ -5,6 +5,7 @@ in its log. Three things are asked of it instead: to refuse nodes on the CPU, wh
 session has, and which node it gave to which.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from coat_deploy.runner import Array, Closing, LoadOptions, Pixels
 
 PROVIDER = "CUDAExecutionProvider"
 
-ON_CPU = frozenset({"Shape", "Slice", "Concat", "Gather", "ReduceProd", "Add", "Cast", "Identity"})
-"""Operators that compute shapes where the image size is open: of a few integers, on the CPU."""
+_SHAPES = re.compile(r"(.*\.)?(size|count|joined_count|map_shape|token_shape|joined_shape)(_\d+)?")
+"""What `graph/tokens.py` calls nodes of a few integers, which compute shapes where the image size is
+open; they may be on the CPU."""
 
 MAX_SHAPES = 8
 """Shapes that are kept ready; the one not used for longest makes room."""
@@ -87,7 +89,7 @@ def check_placement(path: Path, session: Any) -> None:
         for part in session.get_provider_graph_assignment_info()
         if part.ep_name != PROVIDER
         for node in part.get_nodes()
-        if node.op_type not in ON_CPU
+        if not _SHAPES.fullmatch(node.name)
     ]
     if astray:
         rest = f", and {len(astray) - 3} more" if len(astray) > 3 else ""

@@ -75,8 +75,9 @@ class Messages:
         return Listener()
 
     def first_error(self) -> str:
-        """Return the first error in one line."""
+        """Return, in one line, the first error since this was last asked."""
         text = self.errors[0] if self.errors else "it does not say why"
+        self.errors.clear()
         return " ".join(text.split())
 
     def text(self) -> str:

@@ -111,8 +111,7 @@ class TensorRtRunner(Closing):
 
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
         """Return the outputs by name, in host memory. Raises RunnerError."""
-        if not hasattr(pixels, "__cuda_array_interface__"):
-            pixels = accept(pixels, self.inputs[0], self.target)
+        pixels = self._accept(pixels)
         with self._free:
             with self._choosing:
                 lanes = self._idle.pop()
@@ -142,6 +141,18 @@ class TensorRtRunner(Closing):
             return lanes
 
         return step
+
+    def _accept(self, pixels: Any) -> Any:
+        """Return images as they can be copied. Raises RunnerError for others."""
+        there = getattr(pixels, "__cuda_array_interface__", None)
+        if there is None:
+            return accept(pixels, self.inputs[0], self.target)
+        if there["typestr"] != "<f4" or there.get("strides") or there["shape"][1:2] != (3,):
+            raise RunnerError(
+                f"{self.target}: the tensor does not fit (got {there['typestr']} {there['shape']}, "
+                f"strides {there.get('strides')}, expected float32 (B, 3, H, W), contiguous)."
+            )
+        return pixels
 
     def _parts(self, pixels: Any) -> list[Any]:
         """Return a batch in parts that profiles take, if only after filling them up."""
@@ -240,7 +251,7 @@ class Lane:
         buffer = self._buffers[INPUT]
         there = getattr(pixels, "__cuda_array_interface__", None)
         if there is not None:
-            count = int(np.prod(there["shape"])) * np.dtype(there["typestr"]).itemsize
+            count = int(np.prod(there["shape"])) * buffer.dtype.itemsize
             buffer.put_device(there["data"][0], count, self.stream)
             return
         filler = np.repeat(pixels[-1:], buffer.shape[0] - len(pixels), axis=0)

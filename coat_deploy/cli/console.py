@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 import typer
 
 from coat_deploy.cli.tables import render_table
-from coat_deploy.errors import CoatDeployError, RunnerError, UsageError, unknown_name
+from coat_deploy.errors import CoatDeployError, RunnerError, UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,15 +50,6 @@ def complete_model(context: typer.Context, incomplete: str) -> list[str]:
     models = context.params.get("models")
     known = Repository.open(Path(models) if models else None).models()
     return [model.name for model in known if model.name.startswith(incomplete)]
-
-
-def _device_name(value: str) -> str:
-    """Return the device of `--device`. Raises UsageError."""
-    from coat_deploy.runner import DEVICES
-
-    if value not in DEVICES:
-        raise UsageError(unknown_name("device", value, DEVICES))
-    return value
 
 
 def _thread_count(count: int | None) -> int | None:
@@ -101,7 +92,6 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         metavar="NAME",
-        callback=_device_name,
         help="cpu, or cuda: the first NVIDIA GPU, for eager and onnxruntime.",
     ),
 ]

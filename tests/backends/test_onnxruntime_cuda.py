@@ -12,7 +12,8 @@ from coat_deploy.runner import LoadOptions
 
 CUDA = LoadOptions(device="cuda")
 NODE = SimpleNamespace(name="serial_blocks1.0.norm1", op_type="LayerNormalization")
-SHAPE = SimpleNamespace(name="shape", op_type="Shape")
+SHAPE = SimpleNamespace(name="serial_blocks2.0.size_2", op_type="Shape")
+ADD = SimpleNamespace(name="serial_blocks1.0.attended", op_type="Add")
 
 
 class FakeValue:
@@ -93,7 +94,10 @@ def load(monkeypatch, tmp_path):
     """Load a file on a made-up GPU; `opened` has the settings of every session."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
-    empty = lambda shape, dtype, device, number: FakeValue(np.zeros(shape, dtype))  # noqa: E731
+
+    def empty(shape, dtype, device, number):
+        return FakeValue(np.zeros(shape, dtype))
+
     monkeypatch.setattr(ort, "OrtValue", SimpleNamespace(ortvalue_from_shape_and_type=empty))
 
     def load(session, options=CUDA):
@@ -161,6 +165,8 @@ def test_nodes_on_the_cpu_are_refused_by_name(load) -> None:
     with pytest.raises(RunnerError) as caught:
         load(FakeSession(cpu=[SHAPE, NODE]))
     assert "would compute 1 nodes on the CPU: serial_blocks1.0.norm1 (Layer" in str(caught.value)
+    with pytest.raises(RunnerError, match=r"on the CPU: serial_blocks1\.0\.attended \(Add\)"):
+        load(FakeSession(cpu=[SHAPE, ADD]))
 
 
 def test_shapes_alone_may_be_computed_on_the_cpu(load) -> None:

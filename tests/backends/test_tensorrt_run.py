@@ -74,7 +74,7 @@ class FakeDeviceTensor:
     there: dict[int, np.ndarray] = {}
 
     def __init__(self, values):
-        self.values, self.shape = values, values.shape
+        self.values, self.shape, self.strides = values, values.shape, None
         self.there[id(values)] = values
 
     def __len__(self):
@@ -85,7 +85,8 @@ class FakeDeviceTensor:
 
     @property
     def __cuda_array_interface__(self):
-        return {"shape": self.shape, "typestr": "<f4", "data": (id(self.values), False)}
+        typestr, data = self.values.dtype.str, (id(self.values), False)
+        return {"shape": self.shape, "typestr": typestr, "data": data, "strides": self.strides}
 
 
 class FakeContext:
@@ -250,6 +251,15 @@ def test_tensors_on_the_gpu_are_taken_as_they_are(load) -> None:
     x = pixels(2)
     with load(SMALL) as runner:
         assert close(runner.run(FakeDeviceTensor(x))["logits"], expected(x))
+
+
+def test_tensors_on_the_gpu_that_would_be_copied_wrong_are_refused(load) -> None:
+    half, turned = FakeDeviceTensor(pixels(2).astype(np.float16)), FakeDeviceTensor(pixels(2))
+    turned.strides = (4, 8, 16, 32)
+    with load(SMALL) as runner:
+        for tensor in (half, turned, FakeDeviceTensor(pixels(2)[:, :1])):
+            with pytest.raises(RunnerError, match="tensorrt: the tensor does not fit"):
+                runner.run(tensor)
 
 
 def test_a_bound_step_computes_into_memory_of_its_own(load) -> None:
