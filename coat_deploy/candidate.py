@@ -12,7 +12,6 @@ from onnx import ModelProto
 
 from coat_deploy.artifact import artifact_name
 from coat_deploy.backends.select import ENGINES, STAND_INS, engine_backend, require
-from coat_deploy.census import Asked
 from coat_deploy.digest import sha256_bytes
 from coat_deploy.engine import BuildOptions, EngineRecord
 from coat_deploy.errors import BelowBar, PrecisionMissing
@@ -64,10 +63,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Written:
-    """A graph's files with their digests, its own first, and what its nodes shall compute in."""
+    """A graph, and its files with their digests, its own first."""
 
     files: Files
-    asked: Asked
+    graph: ModelProto
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ class Candidate:
         files = serialise(graph, f"{self.name}.onnx")
         for file, content in files.items():
             self.staging.write(f"{VERSION}/{file}", content)
-        digests = {file: sha256_bytes(content) for file, content in files.items()}
-        return Written(digests, asked_of(graph, self.recipe.lowering))
+        return Written({file: sha256_bytes(c) for file, c in files.items()}, graph)
 
     def _graph(self) -> ModelProto:
         lowering, graph = self.recipe.lowering, self.float_graph()
@@ -135,7 +133,8 @@ class Candidate:
         recipe, (graph, sha256) = self.recipe, next(iter(written.files.items()))
         assert recipe.build is not None
         place = self.staging.folder / VERSION / graph
-        built = engine_backend(recipe.target).build(place, recipe.build, written.asked, tell)
+        asked = asked_of(written.graph, recipe.lowering)
+        built = engine_backend(recipe.target).build(place, recipe.build, asked, tell)
         made = {f"{self.name}.engine": built.plan, f"{self.name}.log": built.log.encode()}
         for file, content in made.items():
             self.staging.write(f"{VERSION}/{file}", content)

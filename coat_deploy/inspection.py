@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from coat_deploy.artifact import Artifact
-from coat_deploy.backends.select import ENGINES
 from coat_deploy.errors import BackendMissing, UsageError, unknown_name
 from coat_deploy.model import VERSION, Model
 from coat_deploy.network.variants import get_variant
@@ -115,7 +114,6 @@ def inspect(model: Model, artifact: Artifact) -> Inspection:
     model.check_files(artifact)
     if artifact.engine:
         return Inspection(model, artifact, dict(artifact.engine.census))
-    assert artifact.target not in ENGINES
     if importlib.util.find_spec("onnx") is None:
         raise BackendMissing(
             "inspect: reading a graph takes onnx, which is not installed. "

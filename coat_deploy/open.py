@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coat_deploy.artifact import Artifact
-from coat_deploy.backends.select import PRECISIONS, TARGETS, engine_backend, require
+from coat_deploy.backends.select import ENGINES, PRECISIONS, TARGETS, engine_backend, require
 from coat_deploy.cache import compiled_folder, forget, holds_kept
 from coat_deploy.digest import sha256_file
 from coat_deploy.errors import (
@@ -133,8 +133,13 @@ def open_source(source: Source, options: LoadOptions) -> Runner:
 
 def check_engine(model: Model, artifact: Artifact) -> None:
     """Raise StaleArtifact for an engine of another library, version or GPU than are here."""
-    if artifact.engine is None:
+    if artifact.target not in ENGINES:
         return
+    if artifact.engine is None:
+        raise CorruptArtifact(
+            f"{model.path(artifact)}: the manifest does not say what this engine is for. "
+            f"Run: {model.export_command(artifact)}"
+        )
     reason = engine_backend(artifact.target).mismatch(artifact.engine)
     if reason:
         raise StaleArtifact(

@@ -21,8 +21,8 @@ from coat_deploy.runner import Array, Closing, LoadOptions, Pixels
 PROVIDER = "CUDAExecutionProvider"
 
 _SHAPES = re.compile(r"(.*\.)?(size|count|joined_count|map_shape|token_shape|joined_shape)(_\d+)?")
-"""What `graph/tokens.py` calls nodes of a few integers, which compute shapes where the image size is
-open; they may be on the CPU."""
+"""What `graph/tokens.py` calls nodes of a few integers, which compute shapes where the image size
+is open; they may be on the CPU."""
 
 MAX_SHAPES = 8
 """Shapes that are kept ready; the one not used for longest makes room."""

@@ -15,7 +15,8 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from coat_deploy.census import Asked, Census, EngineLayer
-from coat_deploy.errors import CorruptArtifact, GraphError, UsageError, unknown_name
+from coat_deploy.errors import GraphError, UsageError, unknown_name
+from coat_deploy.graph.read import read_graph
 
 LOW_PRECISIONS = ("fp16", "bf16")
 """What a graph can be lowered to."""
@@ -210,13 +211,7 @@ def read_census(path: Path) -> Census:
 
     Raises: CorruptArtifact.
     """
-    try:
-        model = onnx.load(path)
-        nodes = list(computed_types(model, integers=True))
-    except Exception as error:  # protobuf's and onnx's errors share no base
-        raise CorruptArtifact(
-            f"{path}: not a whole ONNX model ({error}). Export it again."
-        ) from error
+    nodes = computed_types(read_graph(path, weights=False), integers=True)
     return Census(tuple(EngineLayer(n.name, n.op_type, n.name, kind) for n, kind in nodes))
 
 

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from coat_deploy.errors import CorruptArtifact, GraphError
+from coat_deploy.errors import GraphError
+from coat_deploy.graph.read import read_graph
 
 _BLOCK_END = re.compile(
     # The class token that joins at an embedding is a constant: nothing to compare.
@@ -19,7 +19,7 @@ def block_taps(path: Path) -> tuple[str, ...]:
     Raises: GraphError for a graph whose names do not tell its blocks (a traced one),
         CorruptArtifact for a file that is no whole ONNX model.
     """
-    graph = _read(path, weights=False).graph
+    graph = read_graph(path, weights=False).graph
     names = [name for node in graph.node for name in node.output if _BLOCK_END.fullmatch(name)]
     if not names:
         raise GraphError(
@@ -36,7 +36,7 @@ def expose(path: Path, taps: Sequence[str]) -> bytes:
     """
     import onnx
 
-    model = _read(path, weights=True)
+    model = read_graph(path, weights=True)
     known = {name for node in model.graph.node for name in node.output}
     for tap in taps:
         if tap not in known:
@@ -46,19 +46,3 @@ def expose(path: Path, taps: Sequence[str]) -> bytes:
         )
     content: bytes = model.SerializeToString()
     return content
-
-
-def _read(path: Path, weights: bool) -> Any:
-    """Return the model of an ONNX file, with or without what lies in a file beside it."""
-    import onnx
-
-    try:
-        model = onnx.load(path, load_external_data=weights)
-        reason = None if model.graph.node else "it holds no graph"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except Exception as error:  # protobuf's and onnx's errors share no base
-        reason = str(error)
-    if reason:
-        raise CorruptArtifact(f"{path}: not a whole ONNX model ({reason}). Export it again.")
-    return model
