@@ -5,21 +5,23 @@ graph > file (> engine) > proof > replay > validation
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from onnx import ModelProto
 
 from coat_deploy.artifact import artifact_name
-from coat_deploy.backends.select import ENGINES, STAND_INS, engine_backend, require
+from coat_deploy.backends.select import ENGINES, STAND_IN, engine_backend, for_gpu, require
 from coat_deploy.digest import sha256_bytes
 from coat_deploy.engine import BuildOptions, EngineRecord
-from coat_deploy.errors import BelowBar, PrecisionMissing
+from coat_deploy.errors import BelowBar
 from coat_deploy.graph.check import check_graph
 from coat_deploy.graph.coat import GraphOptions, author_graph
+from coat_deploy.graph.emulation import emulate
 from coat_deploy.graph.form import get_form
 from coat_deploy.graph.metadata import add_metadata
 from coat_deploy.graph.precision import Lowering, asked_of, lower
+from coat_deploy.graph.read import read_graph
 from coat_deploy.graph.serialise import serialise
 from coat_deploy.images import normalise
 from coat_deploy.measure.bar import Bar
@@ -71,11 +73,15 @@ class Written:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An artifact in a staging folder that holds the spec and the weights already."""
+    """An artifact in a staging folder that holds the spec and the weights already.
+
+    `device`: where it is proven, if its target runs on either.
+    """
 
     staging: Staging
     spec: ModelSpec
     recipe: Recipe
+    device: str = "cpu"
 
     @cached_property
     def name(self) -> str:
@@ -159,46 +165,50 @@ class Candidate:
     def load(self, files: Files, threads: int | None) -> Runner:
         """Load it into the runtime it is made for.
 
-        An engine that nothing here can run is stood in for by its graph: `stand_in`.
+        What nothing here can run is stood in for by its graph: `stand_in`.
         """
-        file, *others = files
         if self.stand_in:
-            return self.load_stand_in(others[0], threads)
+            return self.load_stand_in(next(f for f in files if f.endswith(".onnx")), threads)
         return self._load(
             self.recipe.target,
-            file,
+            next(iter(files)),
             LoadOptions(
-                threads=threads, features=self.recipe.features, precision=self.recipe.precision
+                threads=threads,
+                features=self.recipe.features,
+                precision=self.recipe.precision,
+                device=self.device,
             ),
         )
 
     def load_stand_in(self, graph: str, threads: int | None) -> Runner:
-        """Load its graph into the runtime that computes its types on a CPU, node by node.
+        """Load its graph on the CPU, where values of its low types are rounded, node by node.
 
-        Raises: BackendMissing when that is not installed.
+        Raises: BackendMissing when the runtime for it is not installed.
         """
-        types = self.recipe.lowering.precision
-        load = LoadOptions(
-            threads=threads, features=self.recipe.features, precision=types, optimise=False
-        )
-        try:
-            return self._load(STAND_INS[types], graph, load)
-        except PrecisionMissing:  # the types in the graph round its weights, at least
-            return self._load(STAND_INS[types], graph, replace(load, precision="fp32"))
+        if self.recipe.lowering.precision != "fp32":
+            model = read_graph(self.staging.folder / VERSION / graph, weights=True)
+            graph = "emulated.onnx"  # left aside: it is no file of the artifact
+            for file, content in serialise(emulate(model), graph).items():
+                (self.staging.folder / VERSION / file).write_bytes(content)
+        load = LoadOptions(threads=threads, features=self.recipe.features, optimise=False)
+        return self._load(STAND_IN, graph, load)
 
     def _load(self, target: str, file: str, load: LoadOptions) -> Runner:
         return require(target).load(self.staging.folder / VERSION / file, load)
 
     @cached_property
     def stand_in(self) -> str | None:
-        """What computes its graph on the CPU instead, where no GPU can run its engine.
+        """What computes its graph on the CPU instead, where it is for a GPU and none can run it.
 
-        Raises: BackendMissing when that is not installed.
+        Raises: BackendMissing when its own target is not installed.
         """
         target = self.recipe.target
-        if target not in ENGINES or engine_backend(target).unable() is None:
+        if not for_gpu(target, self.recipe.precision):
             return None
-        return STAND_INS[self.recipe.lowering.precision]
+        at_hand = self.device == "cuda"
+        if target in ENGINES:
+            at_hand = engine_backend(target).unable() is None
+        return None if at_hand else STAND_IN
 
     def prove(self, reference: Runner, candidate: Runner, sha256: str, bar: Bar) -> str:
         """Write its proof aside and replay it; return the proof's digest. Raises BelowBar."""

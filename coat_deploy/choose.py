@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coat_deploy.artifact import Artifact
+from coat_deploy.backends.select import usable_precisions
 from coat_deploy.candidate import MakeBatches, Recipe
 from coat_deploy.errors import (
     BackendMissing,
@@ -107,20 +108,27 @@ def _settle_recipes(spec: ModelSpec, options: ExportOptions) -> tuple[dict[str, 
     """Return a recipe a precision, and why others have none. Raises what all of them raise."""
     recipes: dict[str, Recipe] = {}
     reasons: _Reasons = {}
-    for precision in precisions(options.target):
+    for precision in _tried(options):
         own = dataclasses.replace(options, precision=precision)
         try:
             recipes[precision] = settle_recipe(spec, own)
         except (UsageError, GraphError) as error:
             reasons[precision] = error
     if not recipes:
-        _raise_for_all(options.target, reasons)
+        _raise_for_all(options, reasons)
     return recipes, reasons
 
 
-def _raise_for_all(target: str, reasons: _Reasons) -> None:
+def _tried(options: ExportOptions) -> tuple[str, ...]:
+    """Return the precisions to choose from, the most exact first. Raises UsageError."""
+    precisions(options.target)
+    return usable_precisions(options.target, options.device)
+
+
+def _raise_for_all(options: ExportOptions, reasons: _Reasons) -> None:
     """Raise the error of the most exact precision, with those of the others in its message."""
-    in_order = {precision: reasons[precision] for precision in precisions(target)}
+    target = options.target
+    in_order = {precision: reasons[precision] for precision in _tried(options)}
     first = next(iter(in_order.values()))
     if len({str(error) for error in in_order.values()}) == 1:
         raise first
@@ -150,13 +158,13 @@ class _Selection:
             except _RULES_OUT as error:
                 self.reasons[precision] = error
         if not self.made:
-            _raise_for_all(self.options.target, self.reasons)
+            _raise_for_all(self.options, self.reasons)
 
     def choose(self, size: Size) -> Choice:
         """Time those that pass at `size` and decide. Raises RunnerError when none can be timed."""
         latencies, machine = self._measure(size)
         considered = decide(
-            precisions(self.options.target),
+            _tried(self.options),
             {precision: artifact.agreement for precision, (artifact, _) in self.made.items()},
             {precision: str(error) for precision, error in self.reasons.items()},
             latencies,
@@ -185,7 +193,11 @@ class _Selection:
 
     def _contender(self, artifact: Artifact, size: Size) -> Contender:
         path = self.prepared.staging.folder / VERSION / artifact.file
-        load = LoadOptions(threads=self.options.threads, precision=artifact.precision)
+        load = LoadOptions(
+            threads=self.options.threads,
+            precision=artifact.precision,
+            device=self.options.device,
+        )
         return Contender(
             name=artifact.precision,
             target=artifact.target,

@@ -49,6 +49,7 @@ class ExportOptions:
     validate: hold the artifact against eager on images, not only on the proof's.
     bar: how close it must be; None takes the precision's.
     opset: of ONNX; None is `DEFAULT_OPSET`, or the first that has the precision's types.
+    device: where it is proven and timed, "cpu" or "cuda", for targets that run on either.
     build: for targets that are engines. keep_fp32, islands: paths of modules, and operators, that
         stay float32 in a graph of lower precision; islands None are the default ones.
     """
@@ -60,6 +61,7 @@ class ExportOptions:
     dynamic: bool = False
     features: bool = False
     opset: int | None = None
+    device: str = "cpu"
     build: EngineOptions = field(default_factory=EngineOptions)
     keep_fp32: tuple[str, ...] = ()
     islands: tuple[str, ...] | None = None
@@ -188,7 +190,7 @@ def attempt(
 
     Raises: BelowBar, or any other CoatDeployError; what was made of it stays aside.
     """
-    candidate = Candidate(prepared.staging, prepared.spec, recipe)
+    candidate = Candidate(prepared.staging, prepared.spec, recipe, options.device)
     if options.precision == BEST:
         candidate = replace(candidate, recipe=_best(candidate, options, batches, tell))
         recipe = candidate.recipe
@@ -262,7 +264,8 @@ def _settle_types(options: ExportOptions, precision: str) -> Lowering:
     if types == "fp32" and (options.keep_fp32 or options.islands is not None):
         raise UsageError(
             f"{options.target} {precision}: its graph is float32 altogether. Leave --keep-fp32 and "
-            "--islands out, or export to fp16 or bf16 of tensorrt or tensorrt-rtx."
+            "--islands out, or export to fp16 of onnxruntime, or fp16 or bf16 of tensorrt or "
+            "tensorrt-rtx."
         )
     islands = ISLANDS if options.islands is None else options.islands
     return Lowering(types, islands, options.keep_fp32)

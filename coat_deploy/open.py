@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coat_deploy.artifact import Artifact
-from coat_deploy.backends.select import ENGINES, PRECISIONS, TARGETS, engine_backend, require
+from coat_deploy.backends.select import (
+    ENGINES,
+    PRECISIONS,
+    TARGETS,
+    check_provider,
+    engine_backend,
+    require,
+)
 from coat_deploy.cache import compiled_folder, forget, holds_kept
 from coat_deploy.digest import sha256_file
 from coat_deploy.errors import (
@@ -102,7 +109,11 @@ def find_source(model: Model, query: ArtifactQuery) -> Source:
 
 
 def load_unchecked(target: str, path: Path, options: LoadOptions) -> Runner:
-    """Load a file into a target's runtime. Raises BackendMissing with the command to run."""
+    """Load a file into a target's runtime.
+
+    Raises: BackendMissing with the command to run; UsageError for a provider it does not have.
+    """
+    check_provider(target, options.provider)
     return require(target).load(path, options)
 
 

@@ -18,6 +18,8 @@ Pixels = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float32]
 
 DEVICES = ("cpu", "cuda")
+PROVIDERS = ("cuda", "tensorrt")
+"""What onnxruntime computes by on a GPU."""
 
 LOGITS = "logits"
 FEATURES = ("x1", "x2", "x3", "x4")
@@ -47,6 +49,7 @@ class LoadOptions:
     `optimise`: False computes node by node in just the types the graph has (onnxruntime), or
     without the code generator for chains of nodes (OpenVINO), which is slow, and simple.
     `device`: one of `DEVICES`, "cuda" being the first GPU, for targets that run on either.
+    `provider`: onnxruntime on a GPU only, one of `PROVIDERS`; None is CUDA's.
     `precision`: what the runtime should compute in, where it decides (OpenVINO).
     `compile`: eager only, `torch.compile`.
     `features`: eager only, the maps x1..x4 instead of logits.
@@ -66,10 +69,17 @@ class LoadOptions:
     whole_batches: bool = False
     optimise: bool = True
     device: str = "cpu"
+    provider: str | None = None
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise UsageError(unknown_name("device", self.device, DEVICES))
+        if self.provider not in (None, *PROVIDERS):
+            raise UsageError(unknown_name("provider", str(self.provider), PROVIDERS))
+        if self.provider and self.device != "cuda":
+            raise UsageError(
+                f"provider {self.provider}: is one of onnxruntime's on a GPU. Add --device cuda."
+            )
         if self.streams < 1:
             raise UsageError(f"streams: too few (got {self.streams}, expected 1 or more).")
         if self.total_threads is not None and self.streams > self.total_threads:

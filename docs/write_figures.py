@@ -35,8 +35,13 @@ def read_records() -> list[Record]:
         for path in sorted(RECORDS.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
-    latencies = (line for line in lines if "p50_ms" in line and line.get("kind") != "throughput")
+    latencies = (line for line in lines if "p50_ms" in line and _on_a_cpu(line))
     return sorted(latencies, key=_date)
+
+
+def _on_a_cpu(record: Record) -> bool:
+    """Tell whether a record is of a latency on a processor."""
+    return record.get("kind") is None and record.get("device", "cpu") == "cpu"
 
 
 def newest_runs(records: list[Record]) -> dict[tuple[str, int], Run]:

@@ -255,12 +255,12 @@ def test_a_precision_that_cannot_be_timed_is_ruled_out(models, timed):
 
 
 def test_without_the_most_exact_the_others_are_timed_against_the_next(models, timed, monkeypatch):
-    monkeypatch.setitem(PRECISIONS, "onnxruntime", ("fp32", "bf16", "fp16"))
-    monkeypatch.setitem(FORMS["onnxruntime"], "fp16", FORMS["onnxruntime"]["fp32"])
-    stopwatch = timed(1.0, failing=("fp32",), fp16=2.0)
+    monkeypatch.setitem(PRECISIONS, "onnxruntime", ("fp32", "bf16", "tf32"))
+    monkeypatch.setitem(FORMS["onnxruntime"], "tf32", FORMS["onnxruntime"]["fp32"])
+    stopwatch = timed(1.0, failing=("fp32",), tf32=2.0)
     exported = run(models)
-    assert stopwatch.calls == [(["fp32", "bf16", "fp16"], "fp32"), (["bf16", "fp16"], "bf16")]
-    assert exported.artifact.precision == "fp16"
+    assert stopwatch.calls == [(["fp32", "bf16", "tf32"], "fp32"), (["bf16", "tf32"], "bf16")]
+    assert exported.artifact.precision == "tf32"
     assert "2.00x as fast as bf16" in exported.artifact.choice["why"]
 
 

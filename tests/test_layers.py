@@ -13,6 +13,7 @@ RANKS = {
     "version": 0, "errors": 0, "digest": 0,
     "spec": 1, "runner": 1, "machine": 1, "artifact": 1, "labels": 1,
     "json_files": 1, "engine": 1, "census": 1, "transaction": 1, "import_apart": 1, "cache": 1,
+    "shared_library": 1,
     "images": 2, "image_files": 2, "model": 2, "repository": 2, "network": 2, "data": 2,
     "graph": 3,
     "backends": 4,
@@ -27,7 +28,7 @@ RANKS = {
 
 HEAVY = {
     "torch": {"network/", "train/", "graph/traced.py", "backends/eager.py", "study/"},
-    "onnxruntime": {"backends/onnxruntime.py", "backends/onnxruntime_cuda.py"},
+    "onnxruntime": {"backends/onnxruntime"},
     "openvino": {"backends/openvino.py", "backends/openvino_compile.py"},
     "tensorrt": set(),
     "tensorrt_rtx": set(),

@@ -13,7 +13,7 @@ import numpy as np
 from coat_deploy.backends.division import rounds
 from coat_deploy.backends.file_stamp import FileStamp
 from coat_deploy.backends.pixels import accept
-from coat_deploy.errors import CorruptArtifact, RunnerError
+from coat_deploy.errors import CorruptArtifact, PrecisionMissing, RunnerError
 from coat_deploy.machine import usable_threads
 from coat_deploy.runner import Array, Closing, LoadOptions, Pixels, Runner, TensorSpec
 
@@ -41,12 +41,18 @@ def load(path: Path, options: LoadOptions) -> Runner:
     """Load an ONNX file on the CPU, or on the GPU that `options.device` asks for.
 
     Raises: CorruptArtifact for a file that is no whole ONNX model, RunnerError for one that
-    onnxruntime does not take; DeviceMissing where there is no GPU for it.
+    onnxruntime does not take; DeviceMissing where there is no GPU for it; PrecisionMissing for
+    fp16 on the CPU.
     """
     if options.device == "cuda":
         from coat_deploy.backends import onnxruntime_cuda
 
         return onnxruntime_cuda.load(path, options)
+    if options.precision == "fp16" and options.optimise:
+        # onnxruntime has few kernels for it here, which add up in fp16: slower, and less exact.
+        raise PrecisionMissing(
+            f"{path}: fp16 is for an NVIDIA GPU. Run it with --device cuda, or export fp32."
+        )
     return OnnxRuntimeRunner(Opener(path, options.taps, options.optimise), options)
 
 

@@ -1,11 +1,13 @@
-"""onnxruntime on an NVIDIA GPU, by its CUDA provider, and never by its CPU's in silence.
+"""onnxruntime on an NVIDIA GPU, by its CUDA or TensorRT provider, never by its CPU's in silence.
 
-Asked for CUDA alone, onnxruntime may still hand out a session of the CPU with no more than a line
+Asked for a GPU alone, onnxruntime may still hand out a session of the CPU with no more than a line
 in its log. Three things are asked of it instead: to refuse nodes on the CPU, which providers a
 session has, and which node it gave to which.
 """
 
+import contextlib
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from coat_deploy.backends import onnxruntime_tensorrt
 from coat_deploy.backends.onnxruntime import open_session, read_spec
 from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import DeviceMissing, RunnerError, UsageError
@@ -31,8 +34,10 @@ MAX_SHAPES = 8
 def load(path: Path, options: LoadOptions) -> "OnnxRuntimeCudaRunner":
     """Load an ONNX file on the first GPU, in float32 proper: without TF32, unless asked for.
 
+    With TensorRT as the provider, CUDA takes the nodes that it leaves.
     Raises: DeviceMissing where onnxruntime cannot use a GPU; RunnerError where it would compute
-    anything but shapes on the CPU; CorruptArtifact.
+    anything but shapes on the CPU; BackendMissing without the TensorRT it was built for;
+    CorruptArtifact.
     """
     if options.taps:
         raise UsageError("onnxruntime: inner tensors are to be had on the CPU alone.")
@@ -45,16 +50,45 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeCudaRunner":
             f"onnxruntime {onnxruntime.__version__}: this package has no CUDA. Run: pip uninstall "
             'onnxruntime, then: pip install "coat-deploy[gpu]"'
         )
-    if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # CUDA's and cuDNN's, from their packages where they are
+    preload()
+    if options.provider == "tensorrt":
+        onnxruntime_tensorrt.require()
     try:
         session = _open(path, options, strict=True)
-        return OnnxRuntimeCudaRunner(session, captured=True)
+        return OnnxRuntimeCudaRunner(session, captured=_captures(options))
     except RunnerError as error:
         if "fallback" not in str(error):
             raise
     # A graph of open size computes shapes on the CPU; that and nothing else is let through.
     return OnnxRuntimeCudaRunner(_open(path, options, strict=False), captured=False)
+
+
+def preload() -> None:
+    """Load CUDA's and cuDNN's libraries from their packages, where they are installed so."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        # It prints what it does not find; what that comes to is told when a session is opened.
+        with contextlib.redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls()
+
+
+def _captures(options: LoadOptions) -> bool:
+    """Tell whether the network is captured as a CUDA graph, which CUDA's provider alone does."""
+    return options.provider != "tensorrt"
+
+
+def _providers(options: LoadOptions, strict: bool) -> list[tuple[str, dict[str, str]]]:
+    """Return the providers of a session, the one that is asked for first."""
+    cuda = {
+        "device_id": "0",
+        "use_tf32": "1" if options.precision == "tf32" else "0",
+        "enable_cuda_graph": "1" if strict and _captures(options) else "0",
+    }
+    if options.provider != "tensorrt":
+        return [(PROVIDER, cuda)]
+    tensorrt = (onnxruntime_tensorrt.PROVIDER, onnxruntime_tensorrt.settings(options))
+    return [tensorrt, (PROVIDER, cuda)]
 
 
 def _open(path: Path, options: LoadOptions, *, strict: bool) -> Any:
@@ -66,28 +100,30 @@ def _open(path: Path, options: LoadOptions, *, strict: bool) -> Any:
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if strict:
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    provider = {
-        "device_id": "0",
-        "use_tf32": "1" if options.precision == "tf32" else "0",
-        "enable_cuda_graph": "1" if strict else "0",
-    }
-    session = open_session(path, str(path), settings, [(PROVIDER, provider)])
-    check_placement(path, session)
+    providers = _providers(options, strict)
+    session = open_session(path, str(path), settings, providers)
+    check_placement(path, session, [name for name, _ in providers])
     return session
 
 
-def check_placement(path: Path, session: Any) -> None:
-    """Raise DeviceMissing for a session of the CPU, RunnerError naming nodes that it runs there."""
-    providers = session.get_providers()
-    if not providers or providers[0] != PROVIDER:
+def check_placement(path: Path, session: Any, wanted: Sequence[str] = (PROVIDER,)) -> None:
+    """Hold a session against the providers that were asked for, the first of them before others.
+
+    Raises: DeviceMissing for a session without the first, RunnerError for one that gives it no
+    node, or that runs nodes elsewhere, with their names.
+    """
+    providers, parts = session.get_providers(), session.get_provider_graph_assignment_info()
+    if not providers or providers[0] != wanted[0]:
         raise DeviceMissing(
-            f"{path}: onnxruntime does not use the GPU (it took {', '.join(providers)}). "
-            "coat-deploy doctor tells which of CUDA's libraries it did not find."
+            f"{path}: onnxruntime does not use the GPU by {wanted[0]} (it took "
+            f"{', '.join(providers)}). coat-deploy doctor tells which libraries it did not find."
         )
+    if not any(part.ep_name == wanted[0] and part.get_nodes() for part in parts):
+        raise RunnerError(f"{path}: onnxruntime gives {wanted[0]} not a single node.")
     astray = [
         f"{node.name} ({node.op_type})"
-        for part in session.get_provider_graph_assignment_info()
-        if part.ep_name != PROVIDER
+        for part in parts
+        if part.ep_name not in wanted
         for node in part.get_nodes()
         if not _SHAPES.fullmatch(node.name)
     ]

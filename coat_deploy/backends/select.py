@@ -12,7 +12,7 @@ TARGETS = ("eager", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 
 PRECISIONS = {
     "eager": ("fp32",),
-    "onnxruntime": ("fp32", "int8"),
+    "onnxruntime": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "bf16"),
     "tensorrt": ("fp32", "tf32", "fp16", "bf16"),
     "tensorrt-rtx": ("fp32", "tf32", "fp16", "bf16"),
@@ -22,8 +22,17 @@ PRECISIONS = {
 ENGINES = ("tensorrt", "tensorrt-rtx")
 """Targets whose artifacts are engines, built of a graph for one kind of machine."""
 
-STAND_INS = {"fp32": "onnxruntime", "fp16": "onnxruntime", "bf16": "openvino"}
-"""What computes an engine's graph on a CPU, by its types, where no GPU is at hand to run it."""
+GPU_PRECISIONS = {"onnxruntime": ("fp16",)}
+"""Precisions of a target that runs on either device which are for the GPU alone."""
+
+ON_GPUS = ("eager", "onnxruntime", *ENGINES)
+"""Targets that run on a GPU; those that are no engines do so where they are asked to."""
+
+PROVIDED = ("onnxruntime",)
+"""Targets with several providers on a GPU."""
+
+STAND_IN = "onnxruntime"
+"""What computes the graph of what is for a GPU on a CPU, where no GPU is at hand."""
 
 
 def backend(target: str) -> Backend:
@@ -49,10 +58,29 @@ def require(target: str) -> Backend:
     return module
 
 
-def unusable(target: str) -> str | None:
-    """Return why nothing of `target` can run here, or None: a package or a GPU that is missing."""
+def check_provider(target: str, provider: str | None) -> None:
+    """Raise UsageError for a provider of a target that has none to choose from."""
+    if provider and target not in PROVIDED:
+        raise UsageError(f"{target}: has no --provider, {PROVIDED[0]} alone has. Leave it out.")
+
+
+def for_gpu(target: str, precision: str | None) -> bool:
+    """Return whether a target computes in `precision` on a GPU alone."""
+    return target in ENGINES or precision in GPU_PRECISIONS.get(target, ())
+
+
+def usable_precisions(target: str, device: str) -> tuple[str, ...]:
+    """Return what a target computes in on a device."""
+    gpu_only = () if device == "cuda" else GPU_PRECISIONS.get(target, ())
+    return tuple(name for name in PRECISIONS[target] if name not in gpu_only)
+
+
+def unusable(target: str, precision: str | None = None, device: str = "cpu") -> str | None:
+    """Return why `target` cannot run here, or None: a package or a GPU that is missing."""
     command = backend(target).missing()
     if command:
         return f"{target} is not installed here; run: {command}"
+    if device != "cuda" and precision in GPU_PRECISIONS.get(target, ()):
+        return f"{target} {precision} is for an NVIDIA GPU; run it there with --device cuda"
     reason = engine_backend(target).unable() if target in ENGINES else None
     return reason and f"{target} needs an NVIDIA GPU, and {reason}"

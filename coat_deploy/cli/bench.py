@@ -64,7 +64,7 @@ def bench(
         typer.Option(
             metavar="N,N",
             help=f"Batch sizes, separated by commas. Default: {BATCHES}; with --peers 1,8; with "
-            "--throughput 1 to 32.",
+            "--throughput 1 to 32, on a GPU to 256.",
         ),
     ] = None,
     threads: Annotated[
@@ -102,6 +102,8 @@ def bench(
             "share the threads, and in what batches.",
         ),
     ] = False,
+    device: console.DeviceOption = "cpu",
+    provider: console.ProviderOption = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
     budget: Annotated[
@@ -152,7 +154,11 @@ def bench(
     from coat_deploy.measure.bench import BenchOptions, BenchReport
     from coat_deploy.measure.bench import bench as run
     from coat_deploy.repository import Repository
+    from coat_deploy.runner import LoadOptions
 
+    LoadOptions(device=device, provider=provider)  # raises for what cannot be
+    if limits and device != "cpu":
+        raise UsageError("--limits: measures the processor. Leave it out, or --device.")
     if peers and targets is not None:
         raise UsageError("--peers: names the targets itself. Leave --targets out, or --peers.")
     named = TARGETS if targets is None else targets
@@ -172,7 +178,10 @@ def bench(
     check_sizes([wanted], opened.spec)
     with console.steps(f"measuring {model}") as tell:
         tell("replaying proofs")
-        lineup = line_up(repository, opened, entries, wanted, weights, optional=peers)
+        lineup = line_up(
+            repository, opened, entries, wanted, weights,
+            optional=peers, device=device, provider=provider,
+        )  # fmt: skip
         if not lineup.sources:
             reasons = lineup.failed | lineup.left_out
             raise RunnerError("; ".join(f"{name}: {why}" for name, why in reasons.items()))
@@ -196,7 +205,7 @@ def bench(
             report = search.run(lineup, entries, shared, few, pixels, options, progress)
         else:
             contenders = list(lineup.contenders(entries, batches, counts))
-            if limits or peers:
+            if limits or (peers and device == "cpu"):
                 measure = measure_limits if limits else limits_if_possible
                 least = measure(opened.spec, wanted, contenders, tell)
             report = run(contenders, pixels, options, progress)

@@ -95,6 +95,14 @@ DeviceOption = Annotated[
         help="cpu, or cuda: the first NVIDIA GPU, for eager and onnxruntime.",
     ),
 ]
+ProviderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--provider",
+        metavar="NAME",
+        help="What onnxruntime computes by with --device cuda: cuda or tensorrt. Default: cuda.",
+    ),
+]
 StrictOption = Annotated[
     bool,
     typer.Option(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from coat_deploy.model import ArtifactQuery, Model
     from coat_deploy.open import Source
     from coat_deploy.repository import Repository
+    from coat_deploy.runner import LoadOptions
 
 COMPILE, EAGER = "compile", "eager"
 AUTHORED, TRACED = "authored", "traced"
@@ -96,15 +97,32 @@ def read_entries(text: str) -> list[Entry]:
 class LineUp:
     """The contenders: what to open for each, how it agreed just now, why one cannot start.
 
+    `device` and `provider`: as of `LoadOptions`, for the targets that have the choice.
     `failed` and `left_out` map an entry to the reason: a failure, or nothing to worry about.
     """
 
     model: "Model"
     size: Size
+    device: str = "cpu"
+    provider: str | None = None
     sources: "dict[str, Source]" = field(default_factory=dict)
     agreements: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def load_options(self, entry: Entry, **others: Any) -> "LoadOptions":
+        """Return how to load an entry, on the device."""
+        from coat_deploy.backends.select import PROVIDED
+        from coat_deploy.runner import LoadOptions
+
+        provider = self.provider if entry.target in PROVIDED else None
+        return LoadOptions(device=self.device, provider=provider, **others)
+
+    def device_of(self, entry: Entry) -> str:
+        """Return where an entry runs: engines are for GPUs alone."""
+        from coat_deploy.backends.select import ENGINES
+
+        return "cuda" if entry.target in ENGINES else self.device
 
     def contenders(
         self,
@@ -115,14 +133,14 @@ class LineUp:
     ) -> "Iterator[Contender]":
         """Yield every entry that can start, at every batch size and number of threads."""
         from coat_deploy.measure.bench import Contender
-        from coat_deploy.runner import LoadOptions
 
         for entry, batch, count in _each(entries, batches, threads):
             source = self.sources.get(entry.text)
             if source is None:
                 continue
             compiled = entry.form == COMPILE
-            load = LoadOptions(
+            load = self.load_options(
+                entry,
                 threads=count,
                 compile=compiled,
                 streams=streams,
@@ -138,6 +156,7 @@ class LineUp:
                 batch=batch,
                 size=self.size,
                 threads=count,
+                device=self.device_of(entry),
                 load=source.loader(load),
                 file=source.path if source.artifact else source.model.weights_path,
                 sha256=source.sha256,
@@ -161,6 +180,7 @@ class LineUp:
                     batch=batch,
                     size=self.size,
                     threads=count,
+                    device=self.device_of(entry),
                     error=self.failed[entry.text],
                 )
 
@@ -179,6 +199,8 @@ def line_up(
     weights: str | None,
     *,
     optional: bool = False,
+    device: str = "cpu",
+    provider: str | None = None,
 ) -> LineUp:
     """Export what is missing, and replay the proof of every artifact.
 
@@ -191,7 +213,7 @@ def line_up(
             f"--weights: {model.folder} has weights already. Leave it out, or put others there "
             f"with: coat-deploy export {model.name} --weights {weights}"
         )
-    lineup = LineUp(model, size)
+    lineup = LineUp(model, size, device, provider)
     # Eager needs weights in a folder: an export puts them there, so artifacts come first.
     for entry in sorted(entries, key=lambda entry: entry.target == EAGER):
         try:
@@ -207,12 +229,13 @@ def line_up(
 
 def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str | None) -> None:
     """Add what to open for an entry, after trying it."""
-    from coat_deploy.backends.select import require, unusable
+    from coat_deploy.backends.select import ON_GPUS, require, unusable
     from coat_deploy.open import check_engine, find_source, selftest
-    from coat_deploy.runner import LoadOptions
 
     require(entry.target)
-    if reason := unusable(entry.target):
+    if lineup.device == "cuda" and entry.target not in ON_GPUS:
+        raise DeviceMissing(f"{entry.target}: runs on the CPU alone. Leave it or --device out.")
+    if reason := unusable(entry.target, entry.precision, lineup.device):
         raise DeviceMissing(f"{reason}.")
     if entry.form == COMPILE:
         from coat_deploy.backends.eager import require_compiler
@@ -225,7 +248,7 @@ def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str 
         source.model.check_parents(source.artifact)
         source.model.check_files(source.artifact)
         check_engine(source.model, source.artifact)
-        with source.loader(LoadOptions())() as runner:
+        with source.loader(lineup.load_options(entry))() as runner:
             agreement = selftest(source.model, source.artifact, runner)
         lineup.agreements[entry.text] = agreement.to_json()
     lineup.sources[entry.text] = source
@@ -250,6 +273,7 @@ def _export_missing(
         precision=entry.precision,
         form=entry.form or "authored",
         size=None if size == model.spec.preprocess.input_size else size,
+        device=lineup.device,
         weights=None if model.weights_path.exists() else weights,
     )
     lineup.model = export(repository, name, options).model

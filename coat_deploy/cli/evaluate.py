@@ -47,6 +47,7 @@ def evaluate(
     strict: console.StrictOption = False,
     threads: console.ThreadsOption = None,
     device: console.DeviceOption = "cpu",
+    provider: console.ProviderOption = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
     split: Annotated[
@@ -131,8 +132,9 @@ def evaluate(
     )
     images = open_split(data, split, options)
     title = f"evaluating {opened.name}"
+    load = LoadOptions(threads=threads, batch=batch, device=device, provider=provider)
     with (
-        open_source(source, LoadOptions(threads=threads, batch=batch, device=device)) as runner,
+        open_source(source, load) as runner,
         console.progress_bar(title, min(limit or len(images), len(images))) as advance,
     ):
         found = run(

@@ -34,9 +34,9 @@ def export(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="fp32; for onnxruntime also int8, for openvino bf16, for engines tf32, fp16 and "
-            "bf16, and best: fp16 with the fewest blocks in fp32 that it takes; auto: what runs "
-            "best here of those that agree, by measuring. Default: fp32.",
+            help="fp32; for onnxruntime also int8, and fp16 on GPUs, for openvino bf16, for "
+            "engines tf32, fp16 and bf16, and best: fp16 with the fewest blocks in fp32 that it "
+            "takes; auto: what runs best here of those that agree, by measuring. Default: fp32.",
         ),
     ] = None,
     weights: Annotated[
@@ -61,6 +61,7 @@ def export(
         bool, typer.Option("--offline", metavar="", help="Use cached downloads only.")
     ] = False,
     threads: console.ThreadsOption = None,
+    device: console.DeviceOption = "cpu",
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
     form: Annotated[
@@ -209,6 +210,7 @@ def export(
             validate=not no_validate,
             bar=None if precision == AUTO else read_bar(precision, limits),
             threads=threads,
+            device=device,
             loading=WeightsOptions(
                 replace_head=replace_head,
                 offline=offline,

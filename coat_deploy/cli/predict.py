@@ -36,6 +36,7 @@ def predict(
     strict: console.StrictOption = False,
     threads: console.ThreadsOption = None,
     device: console.DeviceOption = "cpu",
+    provider: console.ProviderOption = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
 ) -> None:
@@ -61,10 +62,9 @@ def predict(
     )
     labels = read_labels(opened.spec)
     predictions: list[dict[str, Any]] = []
+    load = LoadOptions(threads=threads, batch=max(batches), device=device, provider=provider)
     with (
-        open_source(
-            source, LoadOptions(threads=threads, batch=max(batches), device=device)
-        ) as runner,
+        open_source(source, load) as runner,
         console.progress_bar("predicting", len(found.found)) as advance,
     ):
         for part in found.batches(opened.spec.preprocess.at(source.size)):

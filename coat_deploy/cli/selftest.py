@@ -19,6 +19,7 @@ from coat_deploy.errors import (
 if TYPE_CHECKING:
     from coat_deploy.artifact import Artifact
     from coat_deploy.model import Model
+    from coat_deploy.runner import LoadOptions
 
 
 def selftest(
@@ -29,6 +30,7 @@ def selftest(
     ] = None,
     threads: console.ThreadsOption = None,
     device: console.DeviceOption = "cpu",
+    provider: console.ProviderOption = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
 ) -> None:
@@ -41,7 +43,9 @@ def selftest(
     from coat_deploy.graph.form import FORMS
     from coat_deploy.model import ArtifactQuery
     from coat_deploy.repository import Repository
+    from coat_deploy.runner import LoadOptions
 
+    load = LoadOptions(threads=threads, device=device, provider=provider)
     if target is not None and target not in FORMS:
         raise UsageError(unknown_name("target", target, FORMS))
     opened = Repository.open(models).find(model)
@@ -54,7 +58,7 @@ def selftest(
         results = []
         for artifact in artifacts:
             tell(artifact.name)
-            results.append(test(opened, artifact, threads, device))
+            results.append(test(opened, artifact, load))
     failed = [result for result in results if result["passed"] is False]
     tested = [result for result in results if result["passed"] is not None]
     passed = bool(tested) and not failed
@@ -78,12 +82,11 @@ def selftest(
         raise BackendMissing(f"{opened.name}: nothing was tested. {results[0]['error']}.")
 
 
-def test(model: "Model", artifact: "Artifact", threads: int | None, device: str) -> dict[str, Any]:
+def test(model: "Model", artifact: "Artifact", options: "LoadOptions") -> dict[str, Any]:
     """Replay an artifact's proof; return how that went, `passed` None if it could not be tried."""
     from coat_deploy.backends.select import unusable
     from coat_deploy.open import Source, check_engine
     from coat_deploy.open import selftest as replay
-    from coat_deploy.runner import LoadOptions
 
     result: dict[str, Any] = {
         "artifact": artifact.name,
@@ -92,7 +95,7 @@ def test(model: "Model", artifact: "Artifact", threads: int | None, device: str)
         "seconds": None,
         "error": None,
     }
-    reason = unusable(artifact.target)
+    reason = unusable(artifact.target, artifact.precision, options.device)
     if reason:
         return result | {"error": reason}
     start = time.perf_counter()
@@ -100,10 +103,7 @@ def test(model: "Model", artifact: "Artifact", threads: int | None, device: str)
         model.check_parents(artifact)
         model.check_files(artifact)
         check_engine(model, artifact)
-        load = Source(model, artifact.target, artifact).loader(
-            LoadOptions(threads=threads, device=device)
-        )
-        with load() as runner:
+        with Source(model, artifact.target, artifact).loader(options)() as runner:
             agreement = replay(model, artifact, runner)
     except SpecError:
         raise  # it is the model's, not the artifact's

@@ -50,17 +50,23 @@ def run(
 
     `batches` None are those that the search tries by itself. Raises: RunnerError when all fail.
     """
-    from coat_deploy.measure.search import BATCHES, ThroughputOptions, stream_counts
+    from coat_deploy.measure.search import (
+        BATCHES,
+        GPU_BATCHES,
+        ThroughputOptions,
+        stream_counts,
+    )
     from coat_deploy.measure.throughput import throughput
 
+    on_gpu = lineup.device == "cuda"  # which a large batch fills, and streams would share
     contenders = [
         contender
         for entry in entries
-        for streams in stream_counts(threads)
+        for streams in ([1] if on_gpu else stream_counts(threads))
         for contender in lineup.contenders([entry], [1], [threads], streams)
     ]
     wanted = ThroughputOptions(
-        batches=BATCHES if batches is None else tuple(sorted(batches)),
+        batches=(GPU_BATCHES if on_gpu else BATCHES) if batches is None else tuple(sorted(batches)),
         search_s=options.budget_s / TRIALS_A_BUDGET,
         turns=options,
     )

@@ -69,6 +69,7 @@ def validate(
     strict: console.StrictOption = False,
     threads: console.ThreadsOption = None,
     device: console.DeviceOption = "cpu",
+    provider: console.ProviderOption = None,
     models: console.ModelsOption = None,
     as_json: console.JsonOption = False,
     target: Annotated[
@@ -156,10 +157,11 @@ def validate(
             yield from found.batches(opened.spec.preprocess.at(one))
 
     load = LoadOptions(threads=threads, features=features)
+    there = replace(load, device=device, provider=provider)
     title = f"validating {artifact.name}"
     with (
         load_unchecked("eager", opened.folder, load) as reference,
-        source.loader(replace(load, device=device))() as candidate,
+        source.loader(there)() as candidate,
         console.progress_bar(title, len(found.found) * len(sizes)) as advance,
     ):
         validation = run(reference, candidate, batches(), bar, advance)

@@ -93,6 +93,8 @@ _TENSORRT = {
 FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     "onnxruntime": {
         "fp32": GraphForm(fold_norm="channel", fold_proj_ratio=4),
+        # For CUDA, whose Resize knows channels first alone, and not measured.
+        "fp16": GraphForm(keys="rows", fold_norm="bias", resize_layout="nchw", types="fp16"),
         "int8": GraphForm(int8_from=64),
     },
     "openvino": {

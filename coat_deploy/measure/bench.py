@@ -62,6 +62,7 @@ class Contender:
     size: Size
     load: Load
     threads: int | None = None
+    device: str = "cpu"
     file: Path | None = None
     sha256: str | None = None
     streams: int = 1
@@ -75,7 +76,7 @@ class Contender:
     @property
     def labels(self) -> dict[str, Any]:
         """What a result or a failure repeats of it."""
-        names = ("name", "target", "precision", "form", "batch", "size", "threads")
+        names = ("name", "target", "precision", "form", "batch", "size", "threads", "device")
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:

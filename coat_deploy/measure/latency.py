@@ -193,8 +193,9 @@ class ColdWarm:
 class Latency:
     """What the bench measured of one contender.
 
-    Times in ms a batch; `images_per_second` is batch / p50. `load_ms.cold` includes importing
-    the runtime, `first_run_ms` binding the input. Memory is resident memory of the contender's
+    Times in ms a batch; `images_per_second` is batch / p50. `device`: "cpu", or "cuda" for the
+    machine's first GPU. `load_ms.cold` includes importing the runtime, `first_run_ms` binding the
+    input. Memory is resident memory of the contender's
     process, `peak_memory_source` says how it was read; `memory_before_load_mib` is what Python
     and numpy took of it. `file_evicted` is False where "cold" had the file in memory all the
     same, None where there was no file. `ratio` is the baseline's p50 over this one's: above 1 is
@@ -228,6 +229,7 @@ class Latency:
     iterations: int
     rounds: int
     stopped: Stopped
+    device: str = "cpu"
     peer: str | None = None
     peer_ratio: float | None = None
     peer_ratio_interval: tuple[float, float] | None = None
@@ -253,6 +255,7 @@ class Failure:
     size: Size
     threads: int | None
     error: str
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; the size is a list of two."""

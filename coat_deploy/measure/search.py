@@ -16,6 +16,7 @@ from coat_deploy.measure.turns import Entrant, take_turns
 from coat_deploy.runner import Pixels
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+GPU_BATCHES = (1, 8, 32, 64, 128, 256)
 
 SEARCH_SHARE = 0.8
 """What of the progress is the search; the rest is the turns of the finalists."""

@@ -64,6 +64,7 @@ class Throughput:
     rounds: int
     stopped: Stopped
     tried: tuple[Tried, ...]
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, and the kind of record, as JSON values; tuples become lists."""

@@ -1,13 +1,21 @@
 """onnxruntime on a GPU against an onnxruntime that is made up: what it must never do in silence."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 
-from coat_deploy.backends import onnxruntime, onnxruntime_cuda
-from coat_deploy.errors import DeviceMissing, RunnerError, UsageError
+from coat_deploy.backends import onnxruntime, onnxruntime_cuda, onnxruntime_tensorrt
+from coat_deploy.errors import (
+    BackendMissing,
+    DeviceMissing,
+    PrecisionMissing,
+    RunnerError,
+    UsageError,
+)
+from coat_deploy.open import load_unchecked
 from coat_deploy.runner import LoadOptions
 
 CUDA = LoadOptions(device="cuda")
@@ -106,6 +114,7 @@ def load(monkeypatch, tmp_path):
         def create(source, settings, providers):
             strict = settings.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
             load.opened.append((strict, dict(providers)["CUDAExecutionProvider"]))
+            load.providers = dict(providers)
             if strict and session.cpu:
                 raise RuntimeError("This session contains graph nodes that fallback to the CPU")
             return session
@@ -179,7 +188,9 @@ def test_shapes_alone_may_be_computed_on_the_cpu(load) -> None:
 
 
 def test_a_session_of_the_cpu_is_refused(load) -> None:
-    with pytest.raises(DeviceMissing, match="does not use the GPU .it took CPUExecutionProvider"):
+    with pytest.raises(
+        DeviceMissing, match="by CUDAExecutionProvider .it took CPUExecutionProvider"
+    ):
         load(FakeSession(providers=["CPUExecutionProvider"]))
 
 
@@ -215,3 +226,113 @@ def test_bound_steps_have_memory_of_their_own(load) -> None:
 def test_what_a_gpu_does_not_do_is_refused(load, options) -> None:
     with pytest.raises(UsageError):
         load(FakeSession(), LoadOptions(device="cuda", **options))
+
+
+def test_what_preloading_prints_does_not_mix_with_results(load, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load x"), raising=False)
+    load(FakeSession()).close()
+    assert capsys.readouterr() == ("", "Failed to load x\n")
+
+
+def test_fp16_is_refused_on_the_cpu(tmp_path) -> None:
+    with pytest.raises(PrecisionMissing, match="fp16 is for an NVIDIA GPU"):
+        onnxruntime.load(tmp_path / "toy.onnx", LoadOptions(precision="fp16"))
+
+
+# TensorRT as the provider.
+
+TENSORRT = LoadOptions(device="cuda", provider="tensorrt", precision="fp16")
+BOTH = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+class TensorRtSession(FakeSession):
+    """Gives `taken` nodes to TensorRT, and a shape to CUDA."""
+
+    taken = (NODE,)
+
+    def get_provider_graph_assignment_info(self):
+        mine = SimpleNamespace(ep_name=BOTH[0], get_nodes=lambda: list(self.taken))
+        return [mine, *super().get_provider_graph_assignment_info()]
+
+
+@pytest.fixture
+def tensorrt(load, monkeypatch):
+    """An onnxruntime that was built for TensorRT 10, of which `version` is installed."""
+
+    def there(version="10.14.1", libraries=("libnvinfer.so.10", "libcudart.so.13"), loads=True):
+        monkeypatch.setattr(onnxruntime_tensorrt, "needed", lambda path: tuple(libraries))
+        monkeypatch.setattr(onnxruntime_tensorrt, "installed", lambda: version)
+        monkeypatch.setattr(onnxruntime_tensorrt, "_load", lambda name: loads)
+
+    there()
+    return there
+
+
+def test_tensorrt_is_asked_first_and_cuda_takes_what_it_leaves(load, tensorrt) -> None:
+    session = TensorRtSession(providers=BOTH)
+    with load(session, TENSORRT) as runner:
+        assert np.allclose(runner.run(pixels(2))["logits"], sums(pixels(2)), atol=1e-3)
+    assert list(load.providers) == list(BOTH[:2])
+    assert load.providers[BOTH[0]]["trt_fp16_enable"] == "1"
+    assert load.providers[BOTH[1]]["enable_cuda_graph"] == "0"
+    assert set(session.graphs) == {"-1"}
+
+
+def test_engines_of_the_provider_are_kept_where_there_is_a_place(load, tensorrt, tmp_path) -> None:
+    load(TensorRtSession(providers=BOTH), replace(TENSORRT, cache=tmp_path)).close()
+    assert load.providers[BOTH[0]]["trt_engine_cache_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("taken", [(), (NODE,)])
+def test_a_session_that_leaves_tensorrt_out_is_refused(load, tensorrt, taken) -> None:
+    session = TensorRtSession(providers=BOTH[1:] if taken else BOTH)
+    session.taken = taken
+    told = "GPU by TensorrtExecutionProvider" if taken else "not a single node"
+    with pytest.raises(RunnerError, match=told):
+        load(session, TENSORRT)
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ({"version": "11.4.0"}, r"takes TensorRT 10, and 11\.4\.0 is installed\. Run: pip install"),
+        ({"version": None, "loads": False}, r'libnvinfer\.so\.10, .* "tensorrt>=10,<11"'),
+        ({"libraries": ()}, "this package has no TensorRT provider"),
+    ],
+)
+def test_another_tensorrt_than_it_was_built_for_is_refused(load, tensorrt, there, told) -> None:
+    tensorrt(**there)
+    with pytest.raises(BackendMissing, match=told):
+        load(TensorRtSession(providers=BOTH), TENSORRT)
+    assert load.opened == []
+
+
+def test_a_library_is_loaded_from_where_wheels_keep_it(monkeypatch, tmp_path) -> None:
+    (tmp_path / "tensorrt_libs").mkdir()
+    (tmp_path / "tensorrt_libs" / "__init__.py").touch()
+    (tmp_path / "tensorrt_libs" / "libnvinfer.so.10").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    tried = []
+
+    def load(name, mode):
+        tried.append(name)
+        raise OSError
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    assert not onnxruntime_tensorrt._load("libnvinfer.so.10")
+    wheel = tmp_path / "tensorrt_libs" / "libnvinfer.so.10"
+    assert tried == [str(wheel), "libnvinfer.so.10"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [({"provider": "tensorrt"}, "Add --device cuda"), ({"provider": "tenosrrt"}, "Did you mean")],
+)
+def test_a_provider_is_one_of_a_gpu(fields, told) -> None:
+    with pytest.raises(UsageError, match=told):
+        LoadOptions(**fields)
+
+
+def test_other_targets_have_no_provider(tmp_path) -> None:
+    with pytest.raises(UsageError, match="eager: has no --provider, onnxruntime alone has"):
+        load_unchecked("eager", tmp_path, TENSORRT)
