@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from coat_deploy.backends.select import TARGETS, backend
 from coat_deploy.cache import default_cache_dir
 from coat_deploy.errors import CoatDeployError
+from coat_deploy.finding import Finding, Level
+from coat_deploy.gpu_diagnosis import examine_gpu, gather
 from coat_deploy.import_apart import import_apart
 from coat_deploy.machine import UNKNOWN, Machine, describe
 from coat_deploy.repository import MODELS_VARIABLE, Repository
@@ -63,16 +65,6 @@ _MATRIX_UNITS = (
         ("neon", "fp32 four numbers at a time"),
     ),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing found; `command` mends it, where a command does."""
-
-    level: Literal["ok", "note", "problem"]
-    subject: str
-    what: str
-    command: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +121,7 @@ def diagnose(models: Path | None = None) -> Diagnosis:
         *examine_packages(requirements),
         *examine_machine(machine),
         *clashes.values(),
+        *examine_gpu(gather(machine)),
         *examine_targets(states, machine),
         *examine_folders(Repository.open(models)),
     )
@@ -207,8 +200,7 @@ def examine_machine(machine: Machine) -> Iterator[Finding]:
     yield Finding("ok", "memory", memory)
     for gpu in machine.gpus:
         size = f", {gpu.memory_mib / 1024:.0f} GiB" if gpu.memory_mib else ""
-        what = f"{gpu.name}{size}, driver {gpu.driver}; every target computes on the processor"
-        yield Finding("ok", "gpu", what)
+        yield Finding("ok", "gpu", f"{gpu.name}{size}, driver {gpu.driver}")
     if not machine.gpus and shutil.which("nvidia-smi"):
         yield Finding("note", "gpu", "nvidia-smi is there but tells of no GPU", "nvidia-smi")
     elif not machine.gpus:
@@ -256,7 +248,7 @@ def examine_targets(states: Sequence[TargetState], machine: Machine) -> Iterator
             named = ", ".join(f"{name} {v.split('-')[0]}" for name, v in state.versions.items())
             yield Finding("ok", subject, f"usable, {named}")
         else:
-            level: Literal["problem", "note"] = "problem" if state.installed else "note"
+            level: Level = "problem" if state.installed else "note"
             yield Finding(level, subject, state.error or UNKNOWN, state.command)
         torch = state.versions.get("torch", "")
         if "+cu" in torch and not machine.gpus:

@@ -8,7 +8,8 @@ import pytest
 
 from coat_deploy import diagnosis
 from coat_deploy.backends.select import TARGETS
-from coat_deploy.diagnosis import Finding, TargetState
+from coat_deploy.diagnosis import TargetState
+from coat_deploy.finding import Finding
 from coat_deploy.machine import Gpu, Machine
 from coat_deploy.repository import Repository
 

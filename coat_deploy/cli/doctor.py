@@ -8,7 +8,7 @@ import typer
 from coat_deploy.cli import console
 
 if TYPE_CHECKING:
-    from coat_deploy.diagnosis import Finding
+    from coat_deploy.finding import Finding
 
 
 def doctor(as_json: console.JsonOption = False) -> None:
