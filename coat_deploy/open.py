@@ -46,6 +46,8 @@ class Source:
     model: Model
     target: str
     artifact: Artifact | None
+    network_precision: str = "fp32"
+    """What PyTorch computes in, for eager."""
 
     @property
     def path(self) -> Path:
@@ -55,7 +57,7 @@ class Source:
     @property
     def precision(self) -> str:
         """What the target computes in."""
-        return self.artifact.precision if self.artifact else "fp32"
+        return self.artifact.precision if self.artifact else self.network_precision
 
     @property
     def form(self) -> str:

@@ -1,5 +1,6 @@
 """The network in PyTorch: on the CPU the reference of every artifact, on a GPU a contender."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -45,18 +46,33 @@ def require_compiler() -> None:
         )
 
 
-def load(path: Path, options: LoadOptions) -> "EagerRunner":
-    """Load the model folder `path`, float32, in evaluation mode.
+def require_for(options: LoadOptions) -> None:
+    """Raise unless this machine has what `options` ask for, before anything is loaded.
 
-    Raises: SpecError, WeightsError as the folder's files deserve; BackendMissing where
-    `torch.compile` is asked for and has no compiler; DeviceMissing where PyTorch has no GPU.
+    Raises: BackendMissing where `torch.compile` has no compiler, or fused kernels on a GPU no
+    Triton; DeviceMissing where PyTorch has no GPU.
     """
     if options.compile:
         require_compiler()
+    if options.device != "cuda":
+        return
     import torch
 
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise DeviceMissing(f"eager: PyTorch {torch.__version__} finds no NVIDIA GPU.")
+    if options.fused and importlib.util.find_spec("triton") is None:
+        raise BackendMissing("eager: the fused kernels need Triton. Run: pip install triton")
+
+
+def load(path: Path, options: LoadOptions) -> "EagerRunner":
+    """Load the model folder `path` in evaluation mode.
+
+    Raises: SpecError, WeightsError as the folder's files deserve; BackendMissing, DeviceMissing as
+    `require_for`.
+    """
+    require_for(options)
+    import torch
+
     from coat_deploy.model import Model
     from coat_deploy.network.coat import create_network
     from coat_deploy.network.weights import fit, read_safetensors
@@ -73,6 +89,14 @@ def load(path: Path, options: LoadOptions) -> "EagerRunner":
     # Without its head the network leaves the head's weights over.
     network.load_state_dict(state, strict=not options.features)
     return EagerRunner(network.eval(), options)
+
+
+def _fused(network: Any, dtype: Any) -> Any:
+    """Return `network` with fused operators and, unless `dtype` is None, weights of that type."""
+    from coat_deploy.network.fused.fuse import fuse, lower
+
+    network = fuse(network)
+    return lower(network, dtype) if dtype else network
 
 
 class _CallingThread(threading.local):
@@ -100,6 +124,10 @@ class EagerRunner(Closing):
         self._prepare_thread()
         self._taps = options.taps
         self._device = options.device
+        self._dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options.precision)
+        self._fused = options.fused
+        if self._fused:
+            network = _fused(network, self._dtype)
         self._network = network.to(self._device)
         self._hooks = [
             module.register_forward_hook(self._recorder(path))
@@ -117,6 +145,16 @@ class EagerRunner(Closing):
         for hook in self._hooks:
             hook.remove()
         del self._network, self._step
+
+    def _compute(self, pixels: Any) -> Any:
+        """Run the network on a float32 tensor of its device."""
+        torch, cast = self._torch, contextlib.nullcontext()
+        if self._fused and self._dtype:
+            pixels = pixels.to(self._dtype)
+        elif self._dtype:
+            cast = torch.autocast(self._device, self._dtype)
+        with torch.inference_mode(), cast:
+            return self._step(pixels)
 
     def _prepare_thread(self) -> None:
         """Give the calling thread its share: a new thread begins with OpenMP's own number."""
@@ -137,7 +175,7 @@ class EagerRunner(Closing):
             else:
                 tokens["image"], tokens["cls"] = output[:, 1:], output[:, 0]
             for name, value in tokens.items():
-                self._calling.recorded[f"{path}.{name}"] = value.cpu().numpy().copy()
+                self._calling.recorded[f"{path}.{name}"] = value.float().cpu().numpy().copy()
 
         return record
 
@@ -148,14 +186,13 @@ class EagerRunner(Closing):
         recorded: dict[str, Array] = {}
         self._calling.recorded = recorded
         try:
-            with self._torch.inference_mode():
-                output = self._step(self._torch.from_numpy(pixels).to(self._device))
+            output = self._compute(self._torch.from_numpy(pixels).to(self._device))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise RunnerError(f"eager: {reason} (input {pixels.shape}).") from error
         outputs = output if isinstance(output, tuple) else (output,)
         named = {
-            spec.name: value.cpu().numpy()
+            spec.name: value.float().cpu().numpy()
             for spec, value in zip(self.outputs, outputs, strict=True)
         }
         for tap in self._taps:
@@ -170,8 +207,7 @@ class EagerRunner(Closing):
 
         def step() -> object:
             self._prepare_thread()
-            with self._torch.inference_mode():
-                output = self._step(tensor)
+            output = self._compute(tensor)
             if self._device == "cuda":  # which answers before it has computed
                 self._torch.cuda.synchronize()
             return output

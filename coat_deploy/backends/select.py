@@ -19,6 +19,9 @@ PRECISIONS = {
 }
 """What each target computes in; the first is its default."""
 
+EAGER_PRECISIONS = (*PRECISIONS["eager"], "fp16", "bf16")
+"""What a bench may have PyTorch compute in on a GPU, where it is a contender and no reference."""
+
 ENGINES = ("tensorrt", "tensorrt-rtx")
 """Targets whose artifacts are engines, built of a graph for one kind of machine."""
 

@@ -1,7 +1,7 @@
 """Who takes part in a bench: `--targets` read, what is missing exported, every proof replayed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from coat_deploy.cli import console
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from coat_deploy.runner import LoadOptions
 
 COMPILE, EAGER = "compile", "eager"
+FUSED = "fused"
+EAGER_FORMS = (COMPILE, FUSED, f"{FUSED}+{COMPILE}")
+"""How PyTorch may run the network: compiled, with kernels of ours for a GPU, or both."""
 AUTHORED, TRACED = "authored", "traced"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One of `--targets`: "openvino:bf16", "onnxruntime:traced", "eager:compile".
+    """One of `--targets`: "openvino:bf16", "onnxruntime:traced", "eager:fp16:fused+compile".
 
     What is not said is the target's first precision and the authored form, never whatever
     artifact happens to be there.
@@ -43,31 +46,52 @@ class Entry:
     @classmethod
     def parse(cls, text: str) -> "Entry":
         """Read an entry. Raises UsageError for a word that is neither precision nor form."""
-        from coat_deploy.backends.select import PRECISIONS, TARGETS
+        from coat_deploy.backends.select import EAGER_PRECISIONS, PRECISIONS, TARGETS
         from coat_deploy.graph.form import FORM_NAMES
 
         target, *words = text.split(":")
         if target not in TARGETS:
             raise UsageError(unknown_name("target", target, TARGETS))
-        forms = (COMPILE,) if target == EAGER else FORM_NAMES
+        forms = EAGER_FORMS if target == EAGER else FORM_NAMES
+        precisions = EAGER_PRECISIONS if target == EAGER else PRECISIONS[target]
         precision = form = None
         for word in words:
-            if word in PRECISIONS[target] and precision is None:
+            if word in precisions and precision is None:
                 precision = word
             elif word in forms and form is None:
                 form = word
             else:
-                known = (*PRECISIONS[target], *forms)
+                known = (*precisions, *forms)
                 raise UsageError(unknown_name(f"precision or form of {target}", word, known))
         if form is None and target != EAGER:
             form = FORM_NAMES[0]
-        return cls(text, target, precision or PRECISIONS[target][0], form)
+        return cls(text, target, precision or precisions[0], form)
+
+    @property
+    def options(self) -> "LoadOptions":
+        """How eager's network is run, with nothing else said.
+
+        In a low precision, or fused, on the GPU: on a CPU neither is a way that anyone would take.
+        """
+        from coat_deploy.runner import LoadOptions
+
+        if self.target != EAGER:
+            return LoadOptions()
+        words = (self.form or "").split("+")
+        on_gpu = FUSED in words or self.precision != "fp32"
+        return LoadOptions(
+            precision=self.precision,
+            compile=COMPILE in words,
+            fused=FUSED in words,
+            device="cuda" if on_gpu else "cpu",
+        )
 
     def query(self, size: Size) -> "ArtifactQuery":
         """Return which artifact is meant."""
         from coat_deploy.model import ArtifactQuery
 
-        return ArtifactQuery(self.target, self.precision, size, self.form)
+        precision = None if self.target == EAGER else self.precision  # weights have but one
+        return ArtifactQuery(self.target, precision, size, self.form)
 
     def peer(self, entries: "Sequence[Entry]") -> str | None:
         """Return the traced one among `entries` that an authored one is held against.
@@ -111,18 +135,19 @@ class LineUp:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def load_options(self, entry: Entry, **others: Any) -> "LoadOptions":
-        """Return how to load an entry, on the device."""
+        """Return how to load an entry, on its device."""
         from coat_deploy.backends.select import PROVIDED
-        from coat_deploy.runner import LoadOptions
+        from coat_deploy.runner import DEVICES
 
         provider = self.provider if entry.target in PROVIDED else None
-        return LoadOptions(device=self.device, provider=provider, **others)
+        device = max(self.device, entry.options.device, key=DEVICES.index)
+        return replace(entry.options, device=device, provider=provider, **others)
 
     def device_of(self, entry: Entry) -> str:
         """Return where an entry runs: engines are for GPUs alone."""
         from coat_deploy.backends.select import ENGINES
 
-        return "cuda" if entry.target in ENGINES else self.device
+        return "cuda" if entry.target in ENGINES else self.load_options(entry).device
 
     def contenders(
         self,
@@ -138,11 +163,9 @@ class LineUp:
             source = self.sources.get(entry.text)
             if source is None:
                 continue
-            compiled = entry.form == COMPILE
             load = self.load_options(
                 entry,
                 threads=count,
-                compile=compiled,
                 streams=streams,
                 batch=batch,
                 # What we are compared with is called as its users call it.
@@ -152,7 +175,7 @@ class LineUp:
                 name=entry.text,
                 target=entry.target,
                 precision=source.precision,
-                form=COMPILE if compiled else source.form,
+                form=entry.form if entry.target == EAGER and entry.form else source.form,
                 batch=batch,
                 size=self.size,
                 threads=count,
@@ -237,13 +260,14 @@ def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str 
         raise DeviceMissing(f"{entry.target}: runs on the CPU alone. Leave it or --device out.")
     if reason := unusable(entry.target, entry.precision, lineup.device):
         raise DeviceMissing(f"{reason}.")
-    if entry.form == COMPILE:
-        from coat_deploy.backends.eager import require_compiler
+    if entry.target == EAGER:
+        from coat_deploy.backends.eager import require_for
 
-        require_compiler()
-    if entry.target != EAGER:
+        require_for(lineup.load_options(entry))
+    else:
         _export_missing(lineup, repository, entry, weights)
     source = find_source(lineup.model, entry.query(lineup.size))
+    source = replace(source, network_precision=entry.precision)
     if source.artifact:
         source.model.check_parents(source.artifact)
         source.model.check_files(source.artifact)

@@ -45,6 +45,7 @@ class ConvRelPosEnc(nn.Module):
 
     def __init__(self, head_channels: int, windows: Sequence[tuple[int, int]]) -> None:
         super().__init__()
+        self.head_channels = head_channels
         self.channel_splits = [num_heads * head_channels for _, num_heads in windows]
         self.conv_list = nn.ModuleList(
             nn.Conv2d(channels, channels, window, padding=window // 2, groups=channels)

@@ -1,0 +1,140 @@
+"""The kernels compiled for an H100 or H200, which needs no GPU: what they take of one."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coat_deploy.network.fused import fuse
+from coat_deploy.network.variants import VARIANTS, Variant
+
+triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from coat_deploy.network.fused import launches  # noqa: E402
+
+SHARED_BYTES = 227 << 10
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+PUBLISHED = [variant for variant in VARIANTS.values() if variant.published]
+WINDOWS = [3, 3, 5, 5, 5, 7, 7, 7]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    shared_bytes: int
+    registers: int
+    spilled_bytes: int
+    assembly: str
+
+
+def compile_for_sm90(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """Compile as a launch would, from the types of what it is given."""
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") & constants.keys()}
+    types = dict.fromkeys(constants, "constexpr")
+    aligned = {}
+    for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            types[name] = f"*{TYPES[value.dtype]}"
+        elif value == 1:
+            types[name], constants[name] = "constexpr", 1
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> tuple[Callable[[Any], Any], list[Compiled]]:
+    """Return a wrapper of kernels whose launches compile, and what they compiled."""
+    done: list[Compiled] = []
+
+    class Launcher:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert all(0 < side < (1 << 16) for side in grid[1:])
+            return self.launch
+
+        def launch(self, *arguments: Any, **constants: Any) -> None:
+            binary = compile_for_sm90(self.kernel, arguments, constants)
+            done.append(describe(self.kernel.__name__, binary, tmp_path))
+
+    return Launcher, done
+
+
+def describe(name: str, binary: Any, folder: Path) -> Compiled:
+    (folder / "kernel.cubin").write_bytes(binary.asm["cubin"])
+    reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [os.fspath(reader), "-res-usage", os.fspath(folder / "kernel.cubin")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    used = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
+    assert used is not None, told
+    registers, stack, local = map(int, used.groups())
+    return Compiled(name, binary.metadata.shared, registers, stack + local, binary.asm["ptx"])
+
+
+def launch_block(variant: Variant, scale: int, dtype: torch.dtype, wrap: Any) -> None:
+    """Launch what a block of a scale needs for 256 images of the published size."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    channels = variant.channels[scale - 1]
+    side = variant.input_size // variant.patch_size // 2 ** (scale - 1)
+    tokens, size = 1 + side**2, (side, side)
+    taps, bias = empty(49, channels, dtype=torch.float32), empty(channels, dtype=torch.float32)
+    launches.conv_attention(empty(256, tokens, 3 * channels), taps, bias, 8, WINDOWS, size, wrap)
+    x = empty(256, tokens, channels)
+    launches.encode_position(x, taps[:9], bias, size, wrap)
+    if channels in fuse.FFN_CHANNELS:
+        hidden = variant.ffn_ratios[scale - 1] * channels
+        vector = empty(channels)
+        weights = (empty(hidden, channels), empty(hidden), empty(channels, hidden), vector)
+        launches.feed_forward(x, vector, vector, *weights, 1e-6, wrap)
+
+
+def check(done: list[Compiled]) -> None:
+    assert len(done) in (3, 4)
+    for kernel in done:
+        assert kernel.shared_bytes <= SHARED_BYTES, kernel.name
+        assert kernel.spilled_bytes == 0, kernel.name
+        assert kernel.registers <= 255, kernel.name
+        assert "ld.global.v4" in kernel.assembly or "cp.async" in kernel.assembly, kernel.name
+    assert sum("wgmma" in kernel.assembly for kernel in done) == len(done) - 1
+
+
+def test_a_block_compiles_for_sm90_without_spilling(compiler) -> None:
+    launch_block(VARIANTS["coat_lite_mini"], 1, torch.float16, compiler[0])
+    check(compiler[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+@pytest.mark.parametrize("variant", PUBLISHED, ids=lambda variant: variant.name)
+def test_every_block_compiles_for_sm90_without_spilling(compiler, variant, scale, dtype) -> None:
+    launch_block(variant, scale, dtype, compiler[0])
+    check(compiler[1])
+
+
+def test_one_image_is_shared_by_many_programs() -> None:
+    assert launches.split_tokens(256, 3137) == (5, 640)
+    assert launches.split_tokens(1, 3137) == (16, 256)
+    assert launches.split_tokens(8, 50) == (1, 64)
+    for programs in (1, 7, 8, 256, 4096):
+        for tokens in (2, 50, 129, 785, 3137, 9217):
+            splits, chunk = launches.split_tokens(programs, tokens)
+            assert splits * chunk >= tokens and chunk % launches.BLOCK == 0
