@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := coat_deploy tests examples docs cli.py
 
-.PHONY: demo test test-fast check format docs clean
+.PHONY: demo test test-fast test-triton check format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,9 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
+
+test-triton: $(VENV)/.dev .venv-triton/.made
+	$(BIN)/python -m pytest tests/triton
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -35,6 +38,11 @@ docs: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
+
+# NVIDIA's tritonserver; its wheel is for the system's python3.11 alone.
+.venv-triton/.made: tests/triton/make_server.sh
+	tests/triton/make_server.sh .venv-triton
+	touch $@
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

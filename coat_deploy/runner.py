@@ -39,29 +39,25 @@ class TensorSpec:
 class LoadOptions:
     """How to load a model or an artifact.
 
-        `threads`: compute threads; None leaves the runtime's default (one a core).
-        `streams`: requests that are computed at once. They share the threads, `stream_threads` each,
-        and the runner may then be called from so many Python threads at a time.
-        `batch`: images that runs will mostly bring, for a runtime that prepares for a number of them;
-        others are taken too.
-        `whole_batches`: onnxruntime only, a batch is one request, as it is for who calls onnxruntime by
-        hand; else its images are divided among the threads.
-        `optimise`: False computes node by node in just the types the graph has (onnxruntime), or
-        without the code generator for chains of nodes (OpenVINO), which is slow, and simple.
-        `device`: one of `DEVICES`, "cuda" being the first GPU, for targets that run on either.
-    <<<<<<< HEAD
-        `provider`: onnxruntime on a GPU only, one of `PROVIDERS`; None is CUDA's.
-        `precision`: what the runtime should compute in, where it decides (OpenVINO).
-    =======
-        `precision`: what the runtime should compute in, where it decides (OpenVINO, eager).
-    >>>>>>> 3c3a076 (Fuse conv-attention, position encoding and narrow FFNs for a GPU, in Triton)
-        `compile`: eager only, `torch.compile`.
-        `fused`: eager only, kernels that compute several steps at once, made for a GPU. In fp16 and bf16
-        weights and tokens are of that type throughout; without it PyTorch casts where it sees fit (amp).
-        `features`: eager only, the maps x1..x4 instead of logits.
-        `taps`: names of inner tensors to return besides the outputs, for block by block comparison.
-        `cache`: a folder of this file's content alone, where a runtime that compiles may keep what it
-        compiled and find it again; None compiles anew and keeps nothing.
+    `threads`: compute threads; None leaves the runtime's default (one a core).
+    `streams`: requests that are computed at once. They share the threads, `stream_threads` each,
+    and the runner may then be called from so many Python threads at a time.
+    `batch`: images that runs will mostly bring, for a runtime that prepares for a number of them;
+    others are taken too.
+    `whole_batches`: onnxruntime only, a batch is one request, as it is for who calls onnxruntime by
+    hand; else its images are divided among the threads.
+    `optimise`: False computes node by node in just the types the graph has (onnxruntime), or
+    without the code generator for chains of nodes (OpenVINO), which is slow, and simple.
+    `device`: one of `DEVICES`, "cuda" being the first GPU, for targets that run on either.
+    `provider`: onnxruntime on a GPU only, one of `PROVIDERS`; None is CUDA's.
+    `precision`: what the runtime should compute in, where it decides (OpenVINO, eager).
+    `compile`: eager only, `torch.compile`.
+    `fused`: eager only, kernels that compute several steps at once, made for a GPU. In fp16 and
+    bf16 weights and tokens are of that type throughout; without it PyTorch casts where it sees fit.
+    `features`: eager only, the maps x1..x4 instead of logits.
+    `taps`: names of inner tensors to return besides the outputs, for block by block comparison.
+    `cache`: a folder of this file's content alone, where a runtime that compiles may keep what it
+    compiled and find it again; None compiles anew and keeps nothing.
     """
 
     threads: int | None = None

@@ -36,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RepositoryError(
             f"{path}: cannot be written ({error.strerror or error}); what was there is unchanged. "
-            "Free space or choose another folder with --models."
+            "Free space or choose another folder."
         ) from error
 
 
@@ -143,7 +143,7 @@ def settle(folder: Path) -> None:
 def move_in(source: Path, folder: Path, names: Sequence[str]) -> None:
     """Move the files `names` of `source` to `folder`, in that order: all, or on an error none.
 
-    Names are relative, as in "1/model.onnx". The caller holds the lock of `folder`.
+    Names are relative, as in "1/model.onnx", however deep. The caller holds the lock of `folder`.
     Raises: OSError.
     """
     try:
@@ -176,7 +176,7 @@ def _keep_old(source: Path, folder: Path, names: Sequence[str]) -> None:
     os.replace(undo, folder / UNDO)
     _sync(folder)
     for name in added:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _undo(folder: Path) -> bool:
@@ -195,8 +195,9 @@ def _undo(folder: Path) -> bool:
                 os.replace(undo / _OLD / name, _inside(folder, name))
         for name in _listed(undo, "added"):
             _inside(folder, name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                (folder / name).parent.rmdir()
+            with contextlib.suppress(OSError):  # not empty
+                for parent in PurePosixPath(name).parents[:-1]:
+                    (folder / parent).rmdir()
         _sync(folder)
         shutil.rmtree(undo)
     except (OSError, ValueError) as error:

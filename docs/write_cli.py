@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cli.md"
 COMMANDS = (
     (), ("train",), ("study",), ("export",), ("validate",), ("evaluate",), ("bench",),
-    ("predict",), ("selftest",), ("models",), ("models", "list"), ("models", "show"), ("doctor",),
+    ("predict",), ("selftest",), ("triton",),
+    ("models",), ("models", "list"), ("models", "show"), ("doctor",),
 )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import pytest
 
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "numpy", "PIL", "safetensors", "matplotlib")
 COMMANDS = (
-    "", "export", "validate", "evaluate", "bench", "predict", "selftest", "doctor", "models list",
+    "", "export", "validate", "evaluate", "bench", "predict", "selftest", "triton", "doctor",
+    "models list",
 )  # fmt: skip
 
 BLOCK = """
@@ -49,7 +50,7 @@ def test_public_names_are_those_promised():
     "module",
     [
         "repository", "open", "evaluate", "images", "backends.onnxruntime", "measure.validate",
-        "measure.bench",
+        "measure.bench", "triton.repository",
     ],
 )  # fmt: skip
 def test_running_an_artifact_needs_no_torch(module):

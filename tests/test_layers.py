@@ -20,7 +20,7 @@ RANKS = {
     "measure": 5,
     "train": 6,
     "diagnosis": 7, "open": 7, "candidate": 7, "best": 7, "export": 7, "choose": 7, "evaluate": 7,
-    "inspection": 7, "study": 7, "gpu_diagnosis": 7,
+    "inspection": 7, "study": 7, "gpu_diagnosis": 7, "triton": 7,
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip
@@ -42,6 +42,7 @@ HEAVY = {
     "tensorboardX": {"train/tensorboard.py"},
     "sklearn": {"data/digits.py"},
     "datasets": {"data/huggingface.py"},
+    "triton_python_backend_utils": {"triton/preprocess_model.py"},
     "typer": {"cli/"},
     "rich": {"cli/"},
 }

@@ -310,7 +310,7 @@ def read_only():
 
 
 def test_a_read_only_folder_is_one_clear_line(read_only):
-    message = r"cannot be written \(Permission denied\).*choose another folder with --models"
+    message = r"cannot be written \(Permission denied\).*choose another folder"
     with pytest.raises(RepositoryError, match=message), aside(read_only / "coat_tiny"):
         pass
 

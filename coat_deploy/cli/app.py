@@ -21,6 +21,7 @@ from coat_deploy.cli.predict import predict
 from coat_deploy.cli.selftest import selftest
 from coat_deploy.cli.study import study
 from coat_deploy.cli.train import train
+from coat_deploy.cli.triton import triton
 from coat_deploy.cli.validate import validate
 from coat_deploy.errors import UsageError
 from coat_deploy.version import __version__
@@ -30,6 +31,7 @@ PANELS = {
     "From images to a model": (train, study),
     "From weights to a proven artifact": (export, validate, evaluate, bench),
     "With an artifact": (predict, selftest, inspect_command),
+    "To where it is served": (triton,),
     ABOUT: (doctor,),
 }
 EXAMPLES = {
@@ -78,6 +80,11 @@ EXAMPLES = {
     """,
     "selftest": """
         $ coat-deploy selftest coat_tiny
+    """,
+    "triton": """
+        $ coat-deploy triton coat_tiny --out repository
+        $ coat-deploy triton coat_tiny --out repository --accelerator openvino --threads 4
+        $ coat-deploy triton a10/coat_tiny --also h100/coat_tiny --target tensorrt --out repository
     """,
     "inspect": """
         $ coat-deploy inspect coat_tiny/openvino-bf16

@@ -36,8 +36,8 @@ def bench(
         typer.Option(
             metavar="LIST",
             help="What to compare, separated by commas, each TARGET, TARGET:PRECISION, TARGET:FORM "
-            "or both: eager, eager:compile, onnxruntime, onnxruntime:traced, openvino:bf16; on a GPU "
-            "eager:fp16, eager:fused, eager:bf16:fused+compile. "
+            "or both: eager, eager:compile, onnxruntime, onnxruntime:traced, openvino:bf16; on a "
+            "GPU eager:fp16, eager:fused, eager:bf16:fused+compile. "
             f"Default: {TARGETS}.",
         ),
     ] = None,

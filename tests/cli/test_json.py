@@ -72,6 +72,11 @@ def test_an_engine_and_its_census_are_what_is_documented(cli, models):
     assert promised("export") | paths(engine) <= paths(ran.json) | {".engine", ".census"}
 
 
+def test_triton_prints_what_is_documented(cli, models, tmp_path):
+    words = ("--models", models, "--out", tmp_path / "repository", "--json")
+    assert promised("triton") <= paths(cli("triton", "coat_toy", *words).json)
+
+
 def test_inspect_prints_what_is_documented(cli, models):
     told = cli("inspect", "coat_toy/onnxruntime-fp32", "--models", models, "--json").json
     assert promised("inspect") <= paths(told)

@@ -1,12 +1,11 @@
 import copy
-import importlib.util
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from coat_deploy.network.coat import CoaT, create_network
+from coat_deploy.network.coat import create_network
 from coat_deploy.network.fused.fuse import fuse
 from coat_deploy.network.package import compile_package
 
@@ -16,7 +15,7 @@ def test_a_fused_network_is_packed_and_runs_without_its_code(randomise, tmp_path
     network = create_network("coat_toy", num_classes=10)
     randomise(network)
     fused = fuse(copy.deepcopy(network), feed_forward=False)
-    path = compile_package(fused, (64, 64), tmp_path / "toy.pt2")
+    compile_package(fused, (64, 64), tmp_path / "toy.pt2")
     pixels = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     torch.save(pixels, tmp_path / "pixels.pt")
     script = (
