@@ -16,6 +16,8 @@
     |   `-- DeviceMissing         this machine has no GPU that can be used
     |-- TrainingError             a training that cannot begin or go on
     |-- UploadError               a model that could not be published
+    |-- ServerError               a server that cannot start
+    |-- RequestError              a request that a server refuses; its `kind` says in what way
     `-- BelowBar                  3: an artifact that does not agree with the eager network
 
 A message reads `<subject>: <what happened> (got X, expected Y). <what to do>.`
@@ -24,6 +26,7 @@ Our own mistakes are asserts, never one of these.
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
 
 
 class CoatDeployError(Exception):
@@ -92,6 +95,37 @@ class TrainingError(CoatDeployError):
 
 class UploadError(CoatDeployError):
     """A model that could not be published, or will not be when its training is over."""
+
+
+class ServerError(CoatDeployError):
+    """A server that cannot start."""
+
+
+RequestErrorKind = Literal[
+    "invalid",  # malformed, or not what the model takes
+    "unauthenticated",  # without the token
+    "forbidden",  # switched off here
+    "not_found",  # no such model, version or route
+    "too_large",  # above a limit of the server
+    "unsupported",  # an encoding that is not spoken
+    "overloaded",  # a queue is full; later it may not be
+    "unavailable",  # the model, or the whole server, is coming or going
+    "deadline",  # not computed in time
+    "cancelled",  # whoever asked is gone
+    "internal",  # not the client's doing
+]
+"""How a request went wrong; each protocol has a status for it."""
+
+
+class RequestError(CoatDeployError):
+    """A request that a server refuses. `retry_after_s` says when another try may do better."""
+
+    def __init__(
+        self, message: str, kind: RequestErrorKind = "invalid", retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
 
 
 class BelowBar(CoatDeployError):

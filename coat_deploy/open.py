@@ -16,6 +16,7 @@ from coat_deploy.backends.select import (
     check_provider,
     engine_backend,
     require,
+    unusable,
 )
 from coat_deploy.cache import compiled_folder, forget, holds_kept
 from coat_deploy.digest import sha256_file
@@ -85,6 +86,22 @@ class Source:
         What a runtime compiles is not kept, unless `options` say where: every load is a whole one.
         """
         return functools.partial(load_unchecked, self.target, self.path, self.options(options))
+
+
+def default_target(model: Model, precision: str | None = None) -> str:
+    """Return the first target that the model has logits for and that can run here, or eager.
+
+    With a `precision`, the first that it has logits in this precision for.
+    """
+    exported = {
+        artifact.target
+        for artifact in model.artifacts
+        if not artifact.features and precision in (None, artifact.precision)
+    }
+    targets = [target for target in TARGETS if target in exported]
+    usable = [target for target in targets if unusable(target) is None]
+    # An artifact whose runtime or GPU is not there is still the one that was meant.
+    return next(iter([*usable, *targets]), EAGER)
 
 
 def find_source(model: Model, query: ArtifactQuery) -> Source:

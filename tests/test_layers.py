@@ -21,8 +21,9 @@ RANKS = {
     "train": 6,
     "diagnosis": 7, "open": 7, "candidate": 7, "best": 7, "export": 7, "choose": 7, "evaluate": 7,
     "inspection": 7, "study": 7, "gpu_diagnosis": 7, "triton": 7,
-    "cli": 8,
-    "__main__": 9,
+    "serve": 8,
+    "cli": 9,
+    "__main__": 10,
 }  # fmt: skip
 """A module imports, outside its own folder, only from lower ranks."""
 
@@ -43,6 +44,10 @@ HEAVY = {
     "sklearn": {"data/digits.py"},
     "datasets": {"data/huggingface.py"},
     "triton_python_backend_utils": {"triton/preprocess_model.py"},
+    "starlette": {"serve/"},
+    "uvicorn": {"serve/server.py"},
+    "prometheus_client": {"serve/metrics.py"},
+    "opentelemetry": {"serve/tracing.py"},
     "typer": {"cli/"},
     "rich": {"cli/"},
 }

@@ -78,6 +78,11 @@ def usable_precisions(target: str, device: str) -> tuple[str, ...]:
     return tuple(name for name in PRECISIONS[target] if name not in gpu_only)
 
 
+def computes_batches(target: str, device: str) -> bool:
+    """Return whether images are quickest in one batch; else as single requests, many at once."""
+    return target in ENGINES or device != "cpu"
+
+
 def unusable(target: str, precision: str | None = None, device: str = "cpu") -> str | None:
     """Return why `target` cannot run here, or None: a package or a GPU that is missing."""
     command = backend(target).missing()

@@ -7,7 +7,6 @@ import typer
 
 from coat_deploy.cli import console
 from coat_deploy.cli.data_options import DATA, ImageColumnOption, LabelColumnOption
-from coat_deploy.cli.predict import default_target
 from coat_deploy.cli.quality_report import render_quality
 from coat_deploy.cli.sizes import check_sizes
 from coat_deploy.errors import ImageError, UsageError
@@ -172,7 +171,7 @@ def choose_source(
 def choose_target(model: "Model", precision: str | None) -> str:
     """Return eager where it can run in `precision`, else an artifact's target."""
     from coat_deploy.backends.select import PRECISIONS, TARGETS, backend
-    from coat_deploy.open import EAGER
+    from coat_deploy.open import EAGER, default_target
 
     can = [target for target in TARGETS if precision in (None, *PRECISIONS[target])]
     if EAGER in can and model.weights_path.is_file() and backend(EAGER).missing() is None:

@@ -12,7 +12,6 @@ from coat_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from coat_deploy.labels import ScoredLabel
-    from coat_deploy.model import Model
 
 
 def predict(
@@ -48,7 +47,7 @@ def predict(
     from coat_deploy.cli.inputs import find
     from coat_deploy.labels import top_labels
     from coat_deploy.model import ArtifactQuery
-    from coat_deploy.open import find_source, open_source
+    from coat_deploy.open import default_target, find_source, open_source
     from coat_deploy.repository import Repository, read_labels
     from coat_deploy.runner import LOGITS, LoadOptions
 
@@ -90,24 +89,6 @@ def predict(
     record = opened.weights_record
     if record and record.source.startswith("random"):
         console.note(f"{opened.name}: its weights are {record.source}; the labels mean nothing.")
-
-
-def default_target(model: "Model", precision: str | None = None) -> str:
-    """Return the first target that the model has logits for and that can run here, or eager.
-
-    With a `precision`, the first that it has logits in this precision for.
-    """
-    from coat_deploy.backends.select import TARGETS, unusable
-
-    exported = {
-        artifact.target
-        for artifact in model.artifacts
-        if not artifact.features and precision in (None, artifact.precision)
-    }
-    targets = [target for target in TARGETS if target in exported]
-    usable = [target for target in targets if unusable(target) is None]
-    # An artifact whose runtime or GPU is not there is still the one that was meant.
-    return next(iter([*usable, *targets]), "eager")
 
 
 def render(predictions: Sequence[dict[str, Any]], top: int) -> str:

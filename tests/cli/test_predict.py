@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from coat_deploy.cli.predict import default_target
 from coat_deploy.model import Model
+from coat_deploy.open import default_target
 
 
 def test_every_image_gets_its_likeliest_labels(cli, models, photos):

@@ -1,0 +1,1 @@
+"""Models served over the network, in the Open Inference Protocol (KServe v2) and for images."""

@@ -1,0 +1,105 @@
+"""A request on its way through a model: its images, and who waits for them."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from coat_deploy.errors import RequestError
+from coat_deploy.runner import Array, Pixels
+
+Outputs = Mapping[str, Array]
+MakePixels = Callable[[], Array]
+"""Decodes and prepares an image, (3, H, W); called in a worker's thread. Raises ImageError."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a request brings: pixels (B, 3, H, W), or for each image what makes them.
+
+    `num_bytes` are held until it is computed.
+    """
+
+    pixels: Pixels | Sequence[MakePixels]
+    num_bytes: int
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.pixels)
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the pixels have to be made first."""
+        return not isinstance(self.pixels, np.ndarray)
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the queue of a model, or computed in parts.
+
+    `taken` and `done` count images. `answer` belongs to the event loop; workers only reach it by
+    `settle`. Times are `time.perf_counter_ns`, `deadline` is of `time.monotonic`.
+    """
+
+    work: Work
+    deadline: float
+    answer: "asyncio.Future[Outputs]"
+    queued_at: int = field(default_factory=time.perf_counter_ns)
+    begun_at: int = 0
+    taken: int = 0
+    done: int = 0
+    dropped: bool = False
+    input_ns: int = 0
+    infer_ns: int = 0
+    _parts: dict[int, Outputs] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        """Images that no worker has taken yet."""
+        return self.work.images - self.taken
+
+    def pixels(self, start: int, count: int) -> Pixels:
+        """Return `count` of the images. Raises: ImageError for one that cannot be decoded."""
+        pixels = self.work.pixels
+        if isinstance(pixels, np.ndarray):
+            return pixels if count == len(pixels) else pixels[start : start + count]
+        return np.stack([make() for make in pixels[start : start + count]])
+
+    def add(self, start: int, count: int, outputs: Outputs) -> bool:
+        """Keep the outputs of some images; return whether those were the last.
+
+        Of several threads, one at a time.
+        """
+        self._parts[start] = outputs
+        self.done += count
+        return self.done == self.work.images
+
+    def outputs(self) -> Outputs:
+        """Return the outputs of all images, in order."""
+        parts = [self._parts[start] for start in sorted(self._parts)]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def settle(self, result: Outputs | BaseException) -> None:
+        """Hand the answer, or why there is none, to the event loop; from any thread."""
+        try:
+            self.answer.get_loop().call_soon_threadsafe(self._settle, result)
+        except RuntimeError:  # the loop is closed, and nobody waits any more
+            return
+
+    def expire(self) -> None:
+        """Give up; in the event loop's thread."""
+        message = "the request was not computed in time. Try again later, or give it more time."
+        self._settle(RequestError(message, "deadline"))
+
+    def _settle(self, result: Outputs | BaseException) -> None:
+        if self.answer.done():
+            return
+        if isinstance(result, BaseException):
+            self.answer.set_exception(result)
+        else:
+            self.answer.set_result(result)

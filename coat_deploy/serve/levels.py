@@ -1,0 +1,100 @@
+"""One artifact loaded several times: for one request at a time, and for as many as there are cores.
+
+A request that comes alone is computed soonest by all threads, requests that come together are
+computed quickest by one thread each (docs/decisions/0011-image-by-image.md). Which it is shows
+only when they come, so a runner for each waits, opened and proven.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from coat_deploy.backends.division import division
+from coat_deploy.backends.select import computes_batches
+from coat_deploy.machine import usable_threads
+from coat_deploy.open import Source, open_source
+from coat_deploy.runner import Closing, LoadOptions, Runner
+from coat_deploy.serve.options import ServeOptions
+
+MANY = 8
+"""Threads from which on there is a level between one request and one a thread."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A runner that takes so many requests at once."""
+
+    streams: int
+    runner: Runner
+
+
+class Levels(Closing):
+    """The runners of one artifact, for growing numbers of requests at once.
+
+    `batch`: most images that one call takes. Closing it frees all of them; none may be running.
+    """
+
+    def __init__(self, levels: Sequence[Level], batch: int) -> None:
+        assert levels
+        self.batch = batch
+        self._levels = tuple(sorted(levels, key=lambda level: level.streams))
+        self.inputs, self.outputs = levels[0].runner.inputs, levels[0].runner.outputs
+
+    @property
+    def streams(self) -> int:
+        """Most calls at once."""
+        return self._levels[-1].streams
+
+    def runner(self, at_work: int) -> Runner:
+        """Return the runner to call while so many calls are under way, this one among them."""
+        fits = (level for level in self._levels if level.streams >= at_work)
+        return next(fits, self._levels[-1]).runner
+
+    def close(self) -> None:
+        """Free the runners."""
+        with contextlib.ExitStack() as stack:
+            for level in self._levels:
+                stack.enter_context(level.runner)
+
+    def warm_up(self, pixels: np.ndarray, runs: int) -> None:
+        """Run each a few times: the first runs allocate, and are slow."""
+        for level in self._levels:
+            for _ in range(runs):
+                level.runner.run(pixels)
+
+
+def stream_counts(threads: int) -> list[int]:
+    """Return for how many requests at once there is a runner, the threads divided among them.
+
+    >>> stream_counts(2), stream_counts(64)
+    ([1, 2], [1, 8, 64])
+    """
+    between = division(threads, int(threads**0.5)) if threads >= MANY else 1
+    return sorted({1, between, threads})
+
+
+def load_levels(source: Source, options: ServeOptions) -> Levels:
+    """Open an artifact at every level; each replays the proof.
+
+    Raises: as `open_source`.
+    """
+    threads = options.threads or usable_threads()
+    whole = computes_batches(source.target, options.device)
+    batch = _batch(source, options.batch) if whole else 1
+    with contextlib.ExitStack() as stack:
+        levels = []
+        for streams in [1] if whole else stream_counts(threads):
+            how = LoadOptions(threads=threads, streams=streams, batch=batch, device=options.device)
+            levels.append(Level(streams, stack.enter_context(open_source(source, how))))
+        stack.pop_all()  # they are the caller's now
+    return Levels(levels, batch)
+
+
+def _batch(source: Source, wanted: int) -> int:
+    """Return the most images a step: an engine takes no more than it was built for."""
+    engine = source.artifact.engine if source.artifact else None
+    if engine is None:
+        return wanted
+    return min(wanted, max(profile.batch[2] for profile in engine.profiles))
