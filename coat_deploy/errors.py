@@ -110,6 +110,7 @@ RequestErrorKind = Literal[
     "unsupported",  # an encoding that is not spoken
     "overloaded",  # a queue is full; later it may not be
     "unavailable",  # the model, or the whole server, is coming or going
+    "slow",  # it did not come whole in time
     "deadline",  # not computed in time
     "cancelled",  # whoever asked is gone
     "internal",  # not the client's doing

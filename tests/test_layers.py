@@ -45,7 +45,7 @@ HEAVY = {
     "datasets": {"data/huggingface.py"},
     "triton_python_backend_utils": {"triton/preprocess_model.py"},
     "starlette": {"serve/"},
-    "uvicorn": {"serve/server.py"},
+    "uvicorn": {"serve/server.py", "serve/connection.py"},
     "prometheus_client": {"serve/metrics.py"},
     "opentelemetry": {"serve/tracing.py"},
     "typer": {"cli/"},

@@ -19,6 +19,7 @@ from coat_deploy.cli.inspect import inspect as inspect_command
 from coat_deploy.cli.models import models
 from coat_deploy.cli.predict import predict
 from coat_deploy.cli.selftest import selftest
+from coat_deploy.cli.serve import serve
 from coat_deploy.cli.study import study
 from coat_deploy.cli.train import train
 from coat_deploy.cli.triton import triton
@@ -30,7 +31,7 @@ ABOUT = "About models and the machine"
 PANELS = {
     "From images to a model": (train, study),
     "From weights to a proven artifact": (export, validate, evaluate, bench),
-    "With an artifact": (predict, selftest, inspect_command),
+    "With an artifact": (predict, serve, selftest, inspect_command),
     "To where it is served": (triton,),
     ABOUT: (doctor,),
 }
@@ -77,6 +78,11 @@ EXAMPLES = {
     "predict": """
         $ coat-deploy predict coat_tiny cat.jpg
         $ coat-deploy predict coat_tiny photos/ --top 1 --json > labels.json
+    """,
+    "serve": """
+        $ coat-deploy serve --models models
+        $ coat-deploy serve coat_tiny --port 8080 --precision int8
+        $ curl --data-binary @cat.jpg http://127.0.0.1:8000/models/coat_tiny
     """,
     "selftest": """
         $ coat-deploy selftest coat_tiny

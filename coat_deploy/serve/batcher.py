@@ -146,10 +146,14 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         job = Job(work, deadline, loop.create_future())
-        late = loop.call_later(max(deadline - time.monotonic(), 0), job.expire)
+        left_s = deadline - time.monotonic()
+        late = loop.call_later(max(left_s, 0), job.expire)
         outcome: str | None = "cancelled"
         try:
-            self._submit(lane, job)
+            if left_s <= 0:
+                job.expire()
+            else:
+                self._submit(lane, job)
             outputs = await job.answer
             outcome = None
             return outputs

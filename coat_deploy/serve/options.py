@@ -14,19 +14,23 @@ _MIB = 1 << 20
 class Limits:
     """What a request may bring, and how many may wait.
 
-    `body_bytes`: a body, as sent and as unpacked. `batch`: images a request. `side`: sides of a
-    tensor's images, where the model takes any. `queue` and `queue_bytes`: requests of a model that
-    wait to be computed, and their inputs. `receiving_bytes`: bodies of all requests that are under
-    way. `deadline_s`: a request's time, from its first byte to its answer.
+    `body_bytes`: a body, as sent and as unpacked. `json_bytes`: what of it is JSON, which takes
+    long to read. `batch`: images a request. `side`: sides of a tensor's images, where the model
+    takes any. `queue` and `queue_bytes`: requests of a model that wait to be computed, and their
+    inputs. `receiving_bytes`: bodies of all requests that are under way. `deadline_s`: a body's
+    time to come, and then the answer's. `header_bytes` and `header_s`: the head of a request.
     """
 
     body_bytes: int = 64 * _MIB
+    json_bytes: int = 16 * _MIB
     batch: int = 64
     side: int = 1024
     queue: int = 128
     queue_bytes: int = 256 * _MIB
     receiving_bytes: int = 512 * _MIB
     deadline_s: float = 30.0
+    header_bytes: int = 64 << 10
+    header_s: float = 10.0
     images: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from coat_deploy.export import ExportOptions, export
 from coat_deploy.measure.proof import probe_images
 from coat_deploy.repository import Repository
+from coat_deploy.serve.http import build_app
 from coat_deploy.serve.inference import InferenceService
+from coat_deploy.serve.metrics import Metrics
 from coat_deploy.serve.options import ServeOptions
 
 LABELS = ["bag", "boot", "coat", "dress", "hat"]
@@ -77,3 +80,28 @@ def jpeg() -> bytes:
     (pixels,) = probe_images((90, 120), 1)
     Image.fromarray(pixels.transpose(1, 2, 0)).save(content, "JPEG")
     return content.getvalue()
+
+
+@pytest.fixture(scope="session")
+def shared_service(exported: Path) -> Iterator[InferenceService]:
+    """A service that tests ask and do not change."""
+    service = InferenceService(ServeOptions(models=exported, threads=2, warm_up=1))
+    service.start()
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def client(shared_service: InferenceService) -> TestClient:
+    """A client of the service over HTTP, without sockets."""
+    return client_of(shared_service)
+
+
+def client_of(service: InferenceService, **how: object) -> TestClient:
+    return TestClient(build_app(service, Metrics(), **how), raise_server_exceptions=False)
+
+
+@pytest.fixture
+def http() -> Callable[..., TestClient]:
+    """Make a client of a service; keywords are those of `build_app`."""
+    return client_of

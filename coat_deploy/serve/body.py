@@ -1,0 +1,153 @@
+"""Bodies of requests: read with limits on size and time, unpacked with limits on what comes out."""
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from starlette.requests import ClientDisconnect, Request
+
+from coat_deploy.errors import RequestError
+from coat_deploy.serve.options import Limits
+
+ALIGNMENT = 64
+"""Tensors behind a JSON header begin at a multiple of it: runtimes read whole vectors."""
+
+_IN_THE_LOOP = 64 << 10
+"""Packed bodies up to so many bytes are unpacked at once, larger ones in a thread."""
+
+_WINDOW = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+_RAW_DEFLATE = -15
+
+
+class Receiving:
+    """Bytes of bodies that are held at the moment, of all requests together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._held = 0
+
+    @contextmanager
+    def share(self) -> Iterator["Share"]:
+        """Open one request's share; it is given back in the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            self._held -= share.num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Hold more. Raises RequestError when it is too much."""
+        if self._held + num_bytes > self._limits.receiving_bytes:
+            raise RequestError(
+                f"the server holds {self._held >> 20} MiB of other requests. Try again.",
+                "overloaded",
+                1,
+            )
+        self._held += num_bytes
+
+
+class Share:
+    """What one request holds of the room for bodies."""
+
+    def __init__(self, receiving: Receiving) -> None:
+        self._receiving = receiving
+        self.num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Hold more. Raises RequestError when it is too much."""
+        self._receiving.take(num_bytes)
+        self.num_bytes += num_bytes
+
+
+async def read_body(request: Request, limits: Limits, share: Share, lead: int = 0) -> memoryview:
+    """Return a request's body, unpacked, writable.
+
+    What begins at `lead` is aligned for vectors. Raises: RequestError for one that is too large,
+    too slow or not packed as it says.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "", *_WINDOW):
+        raise RequestError(
+            f"content-encoding '{encoding:.40}': is not read (expected gzip or deflate).",
+            "unsupported",
+        )
+    packed = encoding in _WINDOW
+    skipped = 0 if packed else -lead % ALIGNMENT
+    check_length(request, limits)
+    buffer = bytearray(skipped)
+    try:
+        async with asyncio.timeout(limits.deadline_s):
+            async for chunk in _chunks(request, limits, share):
+                buffer += chunk
+    except TimeoutError:
+        raise RequestError(
+            f"the body did not come in {limits.deadline_s:g} s (got {len(buffer) - skipped} "
+            "bytes). Send it faster.",
+            "slow",
+        ) from None
+    if not packed:
+        return memoryview(buffer)[skipped:]
+    return await _unpacked(buffer, encoding, limits, share, lead)
+
+
+def check_length(request: Request, limits: Limits) -> None:
+    """Raise RequestError for a body that says beforehand that it is too large."""
+    length = request.headers.get("content-length", "0")
+    # The HTTP parser has checked that it is a number.
+    if len(length) > 18 or int(length or 0) > limits.body_bytes:
+        raise _too_large(length, limits)
+
+
+async def _chunks(request: Request, limits: Limits, share: Share) -> AsyncIterator[bytes]:
+    length = 0
+    try:
+        async for chunk in request.stream():
+            length += len(chunk)
+            if length > limits.body_bytes:
+                raise _too_large(f"more than {limits.body_bytes}", limits)
+            share.add(len(chunk))
+            yield chunk
+    except ClientDisconnect:
+        raise RequestError("the client is gone.", "cancelled") from None
+
+
+async def _unpacked(
+    packed: bytearray, encoding: str, limits: Limits, share: Share, lead: int
+) -> memoryview:
+    work = (packed, encoding, limits, -lead % ALIGNMENT)
+    if len(packed) <= _IN_THE_LOOP:
+        unpacked = _unpack(*work)
+    else:
+        unpacked = await asyncio.to_thread(_unpack, *work)
+    share.add(len(unpacked))
+    return unpacked
+
+
+def _unpack(packed: bytearray, encoding: str, limits: Limits, skipped: int) -> memoryview:
+    """Return what was packed, and stop as soon as it is too much."""
+    window = _WINDOW[encoding]
+    # "deflate" is zlib's format, but some clients send the bare stream.
+    if encoding == "deflate" and packed and (packed[0] & 0x0F) != 8:
+        window = _RAW_DEFLATE
+    unpacker = zlib.decompressobj(window)
+    try:
+        content = unpacker.decompress(packed, limits.body_bytes + 1)
+    except zlib.error as error:
+        raise RequestError(f"the body is not {encoding} ({error}). Pack it again.") from error
+    if len(content) > limits.body_bytes:
+        raise _too_large(f"more than {limits.body_bytes} unpacked", limits)
+    if not unpacker.eof or unpacker.unused_data:
+        what = "is cut short" if not unpacker.eof else "goes on behind its end"
+        raise RequestError(f"the {encoding} body {what}. Send it whole.")
+    buffer = bytearray(skipped)
+    buffer += content
+    return memoryview(buffer)[skipped:]
+
+
+def _too_large(length: object, limits: Limits) -> RequestError:
+    return RequestError(
+        f"the body is too large (got {length} bytes, expected at most {limits.body_bytes}). "
+        "Send fewer images, or encoded ones.",
+        "too_large",
+    )

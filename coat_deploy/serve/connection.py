@@ -1,0 +1,79 @@
+"""Connections as uvicorn reads them, with limits on the head of a request.
+
+uvicorn's fast parser takes heads of any length, for any time; and it answers what it cannot parse
+in plain text.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from coat_deploy.serve.options import Limits
+from coat_deploy.serve.replies import json_bytes
+
+_HEAD = (
+    "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n"
+    "connection: close\r\n\r\n"
+)
+
+
+class Connection(HttpToolsProtocol):
+    """A connection whose requests have to come with a head of some size, in some time."""
+
+    limits = Limits()
+
+    def connection_made(self, transport: Any) -> None:
+        """Wait for the first request's head."""
+        super().connection_made(transport)
+        self._head_bytes = 0
+        self._in_head = True
+        self._late = self.loop.call_later(self.limits.header_s, self._too_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, unless it is too much of a head."""
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > self.limits.header_bytes:
+            self._refuse("431 Request Header Fields Too Large", "the head is too large.")
+
+    def on_message_begin(self) -> None:
+        """Begin to count: the head of a later request begins when its first byte is there."""
+        super().on_message_begin()
+        if not self._in_head:
+            self._in_head, self._head_bytes = True, 0
+            self._late = self.loop.call_later(self.limits.header_s, self._too_late)
+
+    def on_headers_complete(self) -> None:
+        """Stop counting."""
+        self._in_head = False
+        self._late.cancel()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP."""
+        self._refuse("400 Bad Request", "the request is not HTTP as it should be.")
+
+    def _too_late(self) -> None:
+        if self._in_head and not self.transport.is_closing():
+            self._refuse("408 Request Timeout", "the head of the request did not come in time.")
+
+    def _refuse(self, status: str, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        content = json_bytes({"error": message})
+        if self.cycle is None or self.cycle.response_complete:  # else an answer is under way
+            head = _HEAD.format(status=status, length=len(content))
+            self.transport.write(head.encode() + content)
+        self.transport.close()
+
+
+def connections(limits: Limits) -> type[asyncio.Protocol]:
+    """Return the class of connections with these limits, for uvicorn to make."""
+    return type("LimitedConnection", (Connection,), {"limits": limits})

@@ -1,0 +1,106 @@
+"""Images in, labels out: what Hugging Face's clients send, and curl.
+
+POST /models/MODEL   an image file, or {"inputs": "<base64>", "parameters": {"top_k": 5}}
+answer               [{"label": "...", "score": 0.97}, ...]
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from coat_deploy.errors import RequestError, unknown_name
+from coat_deploy.serve.body import Receiving, read_body
+from coat_deploy.serve.inference import InferenceService
+from coat_deploy.serve.options import Limits
+from coat_deploy.serve.replies import JSON, json_reply
+from coat_deploy.serve.tensors_json import decode_base64, read_object
+from coat_deploy.serve.waiting import while_connected
+
+TOP = 5
+"""Labels of an answer, where the client does not say how many."""
+PARAMETERS = ("top_k", "function_to_apply")
+SOFTMAX = "softmax"
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """An encoded image, and how many labels are wanted."""
+
+    image: bytes
+    top: int = TOP
+
+
+class ImageRoutes:
+    """The routes under /models."""
+
+    def __init__(self, service: InferenceService, receiving: Receiving) -> None:
+        self._service, self._receiving = service, receiving
+
+    def routes(self) -> list[Route]:
+        """Return the routes."""
+        return [
+            Route("/models", self.cards, methods=["GET"]),
+            Route("/models/{name}", self.classify, methods=["POST"]),
+        ]
+
+    async def cards(self, request: Request) -> Response:
+        """Tell what people want to know of every model."""
+        return json_reply(self._service.cards())
+
+    async def classify(self, request: Request) -> Response:
+        """Name the likeliest classes of an image."""
+        name = request.path_params["name"]
+        deadline = time.monotonic() + self._service.limits.deadline_s
+        self._service.check_room(name)
+        with self._receiving.share() as share:
+            body = await read_body(request, self._service.limits, share)
+            asked = read_image_request(request, body, self._service.limits)
+            work = self._service.classify(asked.image, name, asked.top, deadline=deadline)
+            return json_reply(await while_connected(request, work))
+
+
+def read_image_request(request: Request, body: memoryview, limits: Limits) -> ImageRequest:
+    """Return what a body asks for. Raises RequestError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("multipart/"):
+        raise RequestError(
+            "content-type multipart: is not read. Send the image file itself as the body.",
+            "unsupported",
+        )
+    if kind != JSON:
+        return ImageRequest(bytes(body), _count(request.query_params.get("top_k", str(TOP))))
+    document = read_object(body, limits.json_bytes)
+    inputs = document.get("inputs")
+    if not isinstance(inputs, str):
+        raise RequestError("'inputs' must be an image in base64.")
+    if inputs.startswith("data:"):
+        inputs = inputs.partition(",")[2]
+    return ImageRequest(decode_base64(inputs), _top(document.get("parameters") or {}))
+
+
+def _top(parameters: Any) -> int:
+    if not isinstance(parameters, dict):
+        raise RequestError("'parameters' must be an object.")
+    for key in parameters:
+        if key not in PARAMETERS:
+            raise RequestError(unknown_name("parameter", key[:100], PARAMETERS))
+    function = parameters.get("function_to_apply")
+    if function not in (None, SOFTMAX):
+        raise RequestError(
+            f"'function_to_apply': scores are those of {SOFTMAX} (got {function!r:.40}). "
+            "Ask /v2/models/MODEL/infer for logits."
+        )
+    top = parameters.get("top_k")
+    return TOP if top is None else _count(top)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 8:
+        value = int(value)
+    if type(value) is not int or value < 1:
+        raise RequestError(f"'top_k' must be a whole number above 0 (got {value!r:.40}).")
+    return value

@@ -1,0 +1,181 @@
+"""A server process: sockets, the event loop, signals, and an end that owes no answer.
+
+bind > load the models > serve > signal > not ready > no new connections > last answers > end
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from coat_deploy.errors import ServerError
+from coat_deploy.serve.access_log import AccessLog
+from coat_deploy.serve.connection import connections
+from coat_deploy.serve.http import build_app
+from coat_deploy.serve.inference import InferenceService
+from coat_deploy.serve.metrics import Metrics
+from coat_deploy.serve.options import ListenOptions, ServeOptions
+
+_log = logging.getLogger(__name__)
+
+BACKLOG = 1024
+KEEP_ALIVE_S = 75
+LINGER_S = 0.2
+"""How long requests that were on their way when the end began still find their connection."""
+
+Tell = Callable[[str], None]
+
+
+def bind(listen: ListenOptions) -> socket.socket:
+    """Return a socket at the address. Raises ServerError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    place = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind((listen.host, listen.port))
+    except (OSError, OverflowError) as error:
+        place.close()
+        reason = getattr(error, "strerror", None) or error
+        raise ServerError(
+            f"{listen.host}:{listen.port}: cannot listen there ({reason}). "
+            "Choose another --port or --host."
+        ) from error
+    place.setblocking(False)
+    return place
+
+
+def check_certificate(listen: ListenOptions) -> None:
+    """Raise ServerError for a certificate and key that cannot be used, before anything starts."""
+    if listen.certificate is None and listen.key is None:
+        return
+    if listen.certificate is None or listen.key is None:
+        raise ServerError(
+            "TLS: needs both a certificate and its key. Give --tls-cert and --tls-key."
+        )
+    for path in (listen.certificate, listen.key):
+        if not path.is_file():
+            raise ServerError(f"{path}: no such file. Give the PEM files of --tls-cert, --tls-key.")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(listen.certificate, listen.key)
+    except (OSError, ssl.SSLError) as error:
+        raise ServerError(
+            f"{listen.certificate}: not a certificate with the key {listen.key} ({error}). "
+            "Give PEM files that belong together."
+        ) from error
+
+
+def serve(options: ServeOptions, listen: ListenOptions, place: socket.socket, tell: Tell) -> None:
+    """Load the models and serve them on a bound socket, until a signal asks to end.
+
+    `tell` hears what is ready. Raises: what keeps a model from being served.
+    """
+    metrics = Metrics()
+    service = InferenceService(options, [metrics])
+    service.start(tell)
+    log = AccessLog() if listen.access_log else None
+    try:
+        app = build_app(service, metrics, listen.token, log)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(service, listen, place, app, tell))
+    finally:
+        service.close()
+        if log:
+            log.close()
+
+
+async def _serve(
+    service: InferenceService, listen: ListenOptions, place: socket.socket, app: Any, tell: Tell
+) -> None:
+    server = Server(service, listen, app)
+    tasks = [asyncio.create_task(_watch(service))] if service.options.reload_s else []
+    try:
+        scheme = "https" if listen.certificate else "http"
+        host, port = place.getsockname()[:2]
+        address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        await server.serve_on(place, lambda: tell(f"ready: {address}"))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _watch(service: InferenceService) -> None:
+    """Look for changed models, for ever."""
+    while True:
+        await asyncio.sleep(service.options.reload_s)
+        try:
+            await service.registry.refresh()
+        except Exception:
+            _log.exception("models could not be looked at for changes")
+
+
+class Server(uvicorn.Server):
+    """uvicorn, ending as we want it: first not ready, then deaf, then done."""
+
+    def __init__(self, service: InferenceService, listen: ListenOptions, app: Any) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=connections(service.limits),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, round(listen.drain_s)),
+                ssl_certfile=listen.certificate,
+                ssl_keyfile=listen.key,
+            )
+        )
+        self._service, self._listen = service, listen
+
+    async def serve_on(self, place: socket.socket, tell: Callable[[], None]) -> None:
+        """Serve until a signal; `tell` when connections are taken."""
+        serving = asyncio.create_task(self.serve(sockets=[place]))
+        while not self.started and not serving.done():
+            await asyncio.sleep(0.001)
+        if self.started:
+            tell()
+        await serving
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End: whoever has been let in is answered."""
+        self._service.drain()
+        if self._listen.drain_delay_s:
+            await asyncio.sleep(self._listen.drain_delay_s)
+        for server in self.servers:
+            server.close()
+        # What is already on a connection's way is read before idle connections are closed.
+        await asyncio.sleep(LINGER_S)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let a signal begin the end, and a second one hurry it; neither is an error."""
+        taken = {s: signal.signal(s, self._end) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in taken.items():
+                signal.signal(number, handler)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:  # not on every system
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
