@@ -35,6 +35,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/write_cli.py
 	$(BIN)/python docs/write_figures.py
 	$(BIN)/python docs/write_study.py
+	$(BIN)/python docs/write_protocol.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

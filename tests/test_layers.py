@@ -48,6 +48,10 @@ HEAVY = {
     "uvicorn": {"serve/server.py", "serve/connection.py"},
     "prometheus_client": {"serve/metrics.py"},
     "opentelemetry": {"serve/tracing.py"},
+    "grpc": {"serve/rpc/"},
+    "grpc_health": {"serve/rpc/"},
+    "grpc_reflection": {"serve/rpc/"},
+    "google": {"serve/rpc/"},
     "typer": {"cli/"},
     "rich": {"cli/"},
 }

@@ -45,6 +45,9 @@ class Metrics:
         self._http = Counter(
             "coat_http_responses", "Answers over HTTP, by status.", ["status"], registry=own
         )
+        self._grpc = Counter(
+            "coat_grpc_responses", "Answers over gRPC, by status.", ["status"], registry=own
+        )
         self._in_flight = Gauge(
             "coat_in_flight_requests", "Requests under way.", registry=own,
             multiprocess_mode="livesum",
@@ -71,6 +74,16 @@ class Metrics:
         def ended(status: int) -> None:
             self._in_flight.dec()
             self._http.labels(str(status)).inc()
+
+        return ended
+
+    def begun_call(self) -> Callable[[str], None]:
+        """Count a call over gRPC as under way; call the value with its status at its end."""
+        self._in_flight.inc()
+
+        def ended(status: str) -> None:
+            self._in_flight.dec()
+            self._grpc.labels(status).inc()
 
         return ended
 
