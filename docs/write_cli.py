@@ -10,7 +10,7 @@ PAGE = ROOT / "docs" / "cli.md"
 COMMANDS = (
     (), ("train",), ("study",), ("export",), ("validate",), ("evaluate",), ("bench",),
     ("predict",), ("selftest",), ("triton",),
-    ("models",), ("models", "list"), ("models", "show"), ("doctor",),
+    ("kserve",), ("models",), ("models", "list"), ("models", "show"), ("doctor",),
 )  # fmt: skip
 
 

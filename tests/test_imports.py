@@ -7,8 +7,8 @@ import pytest
 
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "numpy", "PIL", "safetensors", "matplotlib")
 COMMANDS = (
-    "", "export", "validate", "evaluate", "bench", "predict", "selftest", "triton", "doctor",
-    "models list",
+    "", "export", "validate", "evaluate", "bench", "predict", "selftest", "triton", "kserve",
+    "doctor", "models list",
 )  # fmt: skip
 
 BLOCK = """

@@ -21,6 +21,7 @@ RANKS = {
     "train": 6,
     "diagnosis": 7, "open": 7, "candidate": 7, "best": 7, "export": 7, "choose": 7, "evaluate": 7,
     "inspection": 7, "study": 7, "gpu_diagnosis": 7, "triton": 7,
+    "kserve": 7,
     "serve": 8,
     "cli": 9,
     "__main__": 10,

@@ -16,6 +16,7 @@ from coat_deploy.cli.doctor import doctor
 from coat_deploy.cli.evaluate import evaluate
 from coat_deploy.cli.export import export
 from coat_deploy.cli.inspect import inspect as inspect_command
+from coat_deploy.cli.kserve import kserve
 from coat_deploy.cli.models import models
 from coat_deploy.cli.predict import predict
 from coat_deploy.cli.selftest import selftest
@@ -32,7 +33,7 @@ PANELS = {
     "From images to a model": (train, study),
     "From weights to a proven artifact": (export, validate, evaluate, bench),
     "With an artifact": (predict, serve, selftest, inspect_command),
-    "To where it is served": (triton,),
+    "To where it is served": (triton, kserve),
     ABOUT: (doctor,),
 }
 EXAMPLES = {
@@ -91,6 +92,10 @@ EXAMPLES = {
         $ coat-deploy triton coat_tiny --out repository
         $ coat-deploy triton coat_tiny --out repository --accelerator openvino --threads 4
         $ coat-deploy triton a10/coat_tiny --also h100/coat_tiny --target tensorrt --out repository
+    """,
+    "kserve": """
+        $ coat-deploy kserve coat_tiny --image IMAGE --storage pvc://models | kubectl apply -f -
+        $ coat-deploy kserve coat_tiny --server triton --storage s3://bucket/repository --gpus 1
     """,
     "inspect": """
         $ coat-deploy inspect coat_tiny/openvino-bf16

@@ -77,6 +77,11 @@ def test_triton_prints_what_is_documented(cli, models, tmp_path):
     assert promised("triton") <= paths(cli("triton", "coat_toy", *words).json)
 
 
+def test_kserve_prints_what_is_documented(cli, models):
+    words = ("--models", models, "--storage", "pvc://models", "--image", "coat", "--json")
+    assert promised("kserve") <= paths(cli("kserve", "coat_toy", *words).json)
+
+
 def test_inspect_prints_what_is_documented(cli, models):
     told = cli("inspect", "coat_toy/onnxruntime-fp32", "--models", models, "--json").json
     assert promised("inspect") <= paths(told)
