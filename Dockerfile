@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # coat-deploy in containers.
 #
 #   docker build -t coat-deploy .                      serve-cpu: serves on onnxruntime, no PyTorch
@@ -93,7 +92,7 @@ USER 10001
 VOLUME /models
 EXPOSE 8000 8001
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --start-interval=1s \
+HEALTHCHECK --interval=5s --timeout=3s --start-period=120s \
     CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(os.environ['COAT_HEALTH'], timeout=2)"]
 LABEL org.opencontainers.image.title="coat-deploy" \
       org.opencontainers.image.description="Serves CoaT image classifiers on NVIDIA GPUs" \
@@ -116,7 +115,7 @@ USER 10001
 VOLUME /models
 EXPOSE 8000 8001
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --start-interval=1s \
+HEALTHCHECK --interval=5s --timeout=3s --start-period=60s \
     CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(os.environ['COAT_HEALTH'], timeout=2)"]
 LABEL org.opencontainers.image.title="coat-deploy" \
       org.opencontainers.image.description="Serves CoaT image classifiers, without PyTorch" \

@@ -1,0 +1,131 @@
+"""The image for CPUs, built and run for real where there is a Docker daemon."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coat_deploy.measure.proof import probe_images
+from coat_deploy.model import ArtifactQuery, Model
+from coat_deploy.open import find_source, open_source
+from coat_deploy.runner import LoadOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGE = "coat-deploy:test"
+MAX_IMAGE_BYTES = 450e6
+HARDENED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+NUM_REQUESTS = 40
+
+pytestmark = pytest.mark.slow
+
+
+def docker(*words: str, timeout: float = 60, check: bool = True) -> str:
+    done = subprocess.run(
+        ["docker", *words], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0 or not check, f"docker {words[0]}: {done.stderr[-2000:]}"
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    """The image, built of this checkout."""
+    if shutil.which("docker") is None:
+        pytest.skip("needs docker: eval $(tests/container/daemon.sh up FOLDER) makes one")
+    if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a Docker daemon: eval $(tests/container/daemon.sh up FOLDER)")
+    environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
+    built = subprocess.run(
+        ["docker", "build", "--network", "host", "--tag", IMAGE, "--target", "serve-cpu", "."],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-4000:]
+    return IMAGE
+
+
+@contextlib.contextmanager
+def serving(image: str, models: Path, *options: str) -> Iterator[tuple[str, str]]:
+    """Run the image on a folder of models; yield the container's id and its address."""
+    container = docker(
+        "run", "--detach", *HARDENED, "--publish", "127.0.0.1::8000",
+        "--volume", f"{models}:/models:ro", *options, image,
+    )  # fmt: skip
+    try:
+        address = docker("port", container, "8000").splitlines()[0]
+        wait_healthy(container)
+        yield container, address
+    finally:
+        docker("rm", "--force", container)
+
+
+def wait_healthy(container: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        state = json.loads(docker("inspect", "--format", "{{json .State}}", container))
+        if state["Health"]["Status"] == "healthy":
+            return
+        if not state["Running"]:
+            break
+        time.sleep(0.2)
+    pytest.fail(f"not healthy: {docker('logs', container)[-2000:]}")
+
+
+def test_it_is_small_and_holds_no_pytorch(image) -> None:
+    assert int(docker("image", "inspect", "--format", "{{.Size}}", image)) < MAX_IMAGE_BYTES
+    listed = docker("run", "--rm", "--entrypoint", "python3", image, "-c",
+                    "import importlib.util as u; print([u.find_spec(n) is not None"
+                    " for n in ('torch', 'onnx', 'onnxruntime')])")  # fmt: skip
+    assert listed == "[False, False, True]"
+
+
+def test_it_runs_as_nobody_special(image) -> None:
+    assert docker("run", "--rm", "--entrypoint", "id", image, "-u") == "10001"
+
+
+def test_it_serves_read_only_and_answers_as_the_artifact_does(image, toy_models) -> None:
+    client = pytest.importorskip("tritonclient.http")
+    model = Model(toy_models / "coat_lite_toy")
+    pixels = np.stack([probe_images(model.spec.preprocess, 1)[0]] * 2)
+    with open_source(find_source(model, ArtifactQuery("onnxruntime")), LoadOptions()) as runner:
+        expected = runner.run(pixels)["logits"]
+    with serving(image, toy_models) as (_, address):
+        with client.InferenceServerClient(address) as server:
+            wanted = client.InferInput("pixels", list(pixels.shape), "FP32")
+            wanted.set_data_from_numpy(pixels)
+            answer = server.infer(model.name, [wanted]).as_numpy("logits")
+    np.testing.assert_allclose(answer, expected, atol=1e-4)
+
+
+def test_stopped_it_answers_what_it_took(image, toy_models) -> None:
+    client = pytest.importorskip("tritonclient.http")
+    model = Model(toy_models / "coat_lite_toy")
+    pixels = probe_images(model.spec.preprocess, 1)
+
+    def ask(address: str) -> str:
+        with client.InferenceServerClient(address) as server:
+            wanted = client.InferInput("pixels", list(pixels.shape), "FP32")
+            wanted.set_data_from_numpy(pixels)
+            try:
+                return str(server.infer(model.name, [wanted]).as_numpy("logits").shape)
+            except Exception as error:  # refused, not dropped: the connection says so at once
+                return type(error).__name__
+
+    with serving(image, toy_models) as (container, address), ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, address) for _ in range(NUM_REQUESTS)]
+        while not any(one.done() for one in asked):
+            time.sleep(0.01)
+        docker("stop", "--time", "20", container)
+        answers = [one.result(timeout=30) for one in asked]
+        status = docker("inspect", "--format", "{{.State.ExitCode}}", container)
+    answered = [answer for answer in answers if answer == f"(1, {model.spec.num_classes})"]
+    refused = [answer for answer in answers if answer == "ConnectionRefusedError"]
+    assert answered and len(answered) + len(refused) == NUM_REQUESTS, answers
+    assert status == "0"
