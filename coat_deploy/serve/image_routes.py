@@ -59,8 +59,12 @@ class ImageRoutes:
         with self._receiving.share() as share:
             body = await read_body(request, self._service.limits, share)
             asked = read_image_request(request, body, self._service.limits)
+            begin = time.perf_counter()
             work = self._service.classify(asked.image, name, asked.top, deadline=deadline)
-            return json_reply(await while_connected(request, work))
+            reply = json_reply(await while_connected(request, work))
+            taken_ms = 1000 * (time.perf_counter() - begin)
+            reply.headers["server-timing"] = f"classify;dur={taken_ms:.2f}"
+            return reply
 
 
 def read_image_request(request: Request, body: memoryview, limits: Limits) -> ImageRequest:
