@@ -25,7 +25,8 @@ FROM ${PYTHON} AS cpu-packages
 RUN python3 -m venv --without-pip /opt/venv
 COPY docker/serve-cpu.txt /tmp/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --require-hashes --no-deps -r /tmp/serve-cpu.txt
+    pip --python /opt/venv/bin/python install --require-hashes --no-deps -r /tmp/serve-cpu.txt \
+    && find /opt/venv -type d -name tests -prune -exec rm -r {} +
 COPY --from=wheel /wheels /wheels
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps /wheels/*.whl
 

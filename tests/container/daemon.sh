@@ -40,8 +40,11 @@ docker info >/dev/null 2>&1 || { tell "it did not start; see $folder/daemon.log"
 
 if ! docker image inspect "$base" >/dev/null 2>&1; then
   tell "making the base image"
-  # What this machine trusts and how it reaches packages, the image must, too.
+  # Like the slim image that it stands for, without documentation. What this machine trusts and how
+  # it reaches packages, the image must, too.
   quietly mmdebstrap --quiet --variant=minbase \
+    --dpkgopt=path-exclude=/usr/share/doc/* --dpkgopt=path-exclude=/usr/share/man/* \
+    --dpkgopt=path-exclude=/usr/share/locale/* \
     --include=python3,python3-pip,python3-venv,ca-certificates bookworm base.tar
   mkdir -p base && tar -xf base.tar -C base
   cp /usr/local/share/ca-certificates/*.crt base/usr/local/share/ca-certificates/ 2>/dev/null || true
