@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 PLACE = Path(os.environ.get("COAT_TRITON_VENV", HERE.parents[1] / ".venv-triton"))
 PACKAGES = PLACE / "lib" / "python3.11" / "site-packages"
 SERVER = PACKAGES / "pytriton" / "tritonserver"
-READY_S = 60
+READY_S = 120
 
 pytestmark = [
     pytest.mark.slow,
