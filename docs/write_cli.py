@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cli.md"
 COMMANDS = (
     (), ("train",), ("study",), ("export",), ("validate",), ("evaluate",), ("bench",),
-    ("predict",), ("selftest",), ("triton",),
-    ("kserve",), ("models",), ("models", "list"), ("models", "show"), ("doctor",),
+    ("predict",), ("serve",), ("selftest",), ("triton",), ("kserve",), ("models",),
+    ("models", "list"), ("models", "show"), ("doctor",), ("gpu-report",),
 )  # fmt: skip
 
 

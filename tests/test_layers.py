@@ -21,7 +21,7 @@ RANKS = {
     "train": 6,
     "diagnosis": 7, "open": 7, "candidate": 7, "best": 7, "export": 7, "choose": 7, "evaluate": 7,
     "inspection": 7, "study": 7, "gpu_diagnosis": 7, "triton": 7,
-    "kserve": 7,
+    "kserve": 7, "gpu_report": 7,
     "serve": 8,
     "cli": 9,
     "__main__": 10,
@@ -29,13 +29,20 @@ RANKS = {
 """A module imports, outside its own folder, only from lower ranks."""
 
 HEAVY = {
-    "torch": {"network/", "train/", "graph/traced.py", "backends/eager.py", "study/"},
+    "torch": {
+        "network/",
+        "train/",
+        "graph/traced.py",
+        "backends/eager.py",
+        "study/",
+        "gpu_report/",
+    },
     "onnxruntime": {"backends/onnxruntime"},
     "openvino": {"backends/openvino.py", "backends/openvino_compile.py"},
     "tensorrt": set(),
     "tensorrt_rtx": set(),
     "cuda": {"backends/cuda.py"},
-    "onnx": {"graph/", "candidate.py"},
+    "onnx": {"graph/", "candidate.py", "gpu_report/placement.py"},
     "safetensors": {"network/weights.py"},
     "huggingface_hub": {"network/hub.py", "network/push.py", "data/huggingface.py"},
     "matplotlib": {"measure/plot.py", "train/curves.py"},

@@ -31,10 +31,11 @@ MAX_SHAPES = 8
 """Shapes that are kept ready; the one not used for longest makes room."""
 
 
-def load(path: Path, options: LoadOptions) -> "OnnxRuntimeCudaRunner":
+def load(path: Path, options: LoadOptions, *, captured: bool = True) -> "OnnxRuntimeCudaRunner":
     """Load an ONNX file on the first GPU, in float32 proper: without TF32, unless asked for.
 
-    With TensorRT as the provider, CUDA takes the nodes that it leaves.
+    With TensorRT as the provider, CUDA takes the nodes that it leaves. captured: by a CUDA graph a
+    shape, where the graph allows it.
     Raises: DeviceMissing where onnxruntime cannot use a GPU; RunnerError where it would compute
     anything but shapes on the CPU; BackendMissing without the TensorRT it was built for;
     CorruptArtifact.
@@ -43,6 +44,24 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeCudaRunner":
         raise UsageError("onnxruntime: inner tensors are to be had on the CPU alone.")
     if options.streams > 1:
         raise UsageError("onnxruntime: a GPU takes one request at a time. Leave streams out.")
+    require_cuda()
+    preload()
+    if options.provider == "tensorrt":
+        onnxruntime_tensorrt.require()
+    captured = captured and options.provider != "tensorrt"  # whose engines do it, or not
+    try:
+        session = _open(path, options, strict=True, captured=captured)
+        return OnnxRuntimeCudaRunner(session, captured=captured)
+    except RunnerError as error:
+        if "fallback" not in str(error):
+            raise
+    # A graph of open size computes shapes on the CPU; that and nothing else is let through.
+    session = _open(path, options, strict=False, captured=False)
+    return OnnxRuntimeCudaRunner(session, captured=False)
+
+
+def require_cuda() -> None:
+    """Raise DeviceMissing with what to install where this onnxruntime has no CUDA."""
     import onnxruntime
 
     if PROVIDER not in onnxruntime.get_available_providers():
@@ -50,17 +69,6 @@ def load(path: Path, options: LoadOptions) -> "OnnxRuntimeCudaRunner":
             f"onnxruntime {onnxruntime.__version__}: this package has no CUDA. Run: pip uninstall "
             'onnxruntime, then: pip install "coat-deploy[gpu]"'
         )
-    preload()
-    if options.provider == "tensorrt":
-        onnxruntime_tensorrt.require()
-    try:
-        session = _open(path, options, strict=True)
-        return OnnxRuntimeCudaRunner(session, captured=_captures(options))
-    except RunnerError as error:
-        if "fallback" not in str(error):
-            raise
-    # A graph of open size computes shapes on the CPU; that and nothing else is let through.
-    return OnnxRuntimeCudaRunner(_open(path, options, strict=False), captured=False)
 
 
 def preload() -> None:
@@ -73,17 +81,12 @@ def preload() -> None:
             onnxruntime.preload_dlls()
 
 
-def _captures(options: LoadOptions) -> bool:
-    """Tell whether the network is captured as a CUDA graph, which CUDA's provider alone does."""
-    return options.provider != "tensorrt"
-
-
-def _providers(options: LoadOptions, strict: bool) -> list[tuple[str, dict[str, str]]]:
+def _providers(options: LoadOptions, captured: bool) -> list[tuple[str, dict[str, str]]]:
     """Return the providers of a session, the one that is asked for first."""
     cuda = {
         "device_id": "0",
         "use_tf32": "1" if options.precision == "tf32" else "0",
-        "enable_cuda_graph": "1" if strict and _captures(options) else "0",
+        "enable_cuda_graph": "1" if captured else "0",
     }
     if options.provider != "tensorrt":
         return [(PROVIDER, cuda)]
@@ -91,7 +94,7 @@ def _providers(options: LoadOptions, strict: bool) -> list[tuple[str, dict[str, 
     return [tensorrt, (PROVIDER, cuda)]
 
 
-def _open(path: Path, options: LoadOptions, *, strict: bool) -> Any:
+def _open(path: Path, options: LoadOptions, *, strict: bool, captured: bool) -> Any:
     """Return a session that computes on the GPU; strict: without a single node on the CPU."""
     import onnxruntime
 
@@ -100,7 +103,7 @@ def _open(path: Path, options: LoadOptions, *, strict: bool) -> Any:
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if strict:
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    providers = _providers(options, strict)
+    providers = _providers(options, captured)
     session = open_session(path, str(path), settings, providers)
     check_placement(path, session, [name for name, _ in providers])
     return session

@@ -15,6 +15,7 @@ from coat_deploy.cli.bench import bench
 from coat_deploy.cli.doctor import doctor
 from coat_deploy.cli.evaluate import evaluate
 from coat_deploy.cli.export import export
+from coat_deploy.cli.gpu_report import gpu_report
 from coat_deploy.cli.inspect import inspect as inspect_command
 from coat_deploy.cli.kserve import kserve
 from coat_deploy.cli.models import models
@@ -34,7 +35,7 @@ PANELS = {
     "From weights to a proven artifact": (export, validate, evaluate, bench),
     "With an artifact": (predict, serve, selftest, inspect_command),
     "To where it is served": (triton, kserve),
-    ABOUT: (doctor,),
+    ABOUT: (doctor, gpu_report),
 }
 EXAMPLES = {
     "": """
@@ -96,6 +97,11 @@ EXAMPLES = {
     "kserve": """
         $ coat-deploy kserve coat_tiny --image IMAGE --storage pvc://models | kubectl apply -f -
         $ coat-deploy kserve coat_tiny --server triton --storage s3://bucket/repository --gpus 1
+    """,
+    "gpu_report": """
+        $ coat-deploy gpu-report --record report.jsonl --markdown report.md
+        $ coat-deploy gpu-report --bench coat_tiny --variants coat_tiny --batch 1,256
+        $ coat-deploy gpu-report --device cpu --bench coat_lite_nano --variants coat_lite_nano
     """,
     "inspect": """
         $ coat-deploy inspect coat_tiny/openvino-bf16

@@ -182,17 +182,21 @@ class Worker:
 
     def _death(self) -> str:
         self._process.join(2)
-        code = self._process.exitcode
-        if code is None:
-            return "its process closed the pipe without an answer."
-        if code >= 0:
-            return f"its process ended with exit status {code}."
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        hint = " The kernel does so when memory runs out." if name == "SIGKILL" else ""
-        return f"its process was killed by {name}.{hint}"
+        return describe_exit(self._process.exitcode)
+
+
+def describe_exit(code: int | None) -> str:
+    """Return how a process ended that should not have; None where it did not end."""
+    if code is None:
+        return "its process closed the pipe without an answer."
+    if code >= 0:
+        return f"its process ended with exit status {code}."
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = " The kernel does so when memory runs out." if name == "SIGKILL" else ""
+    return f"its process was killed by {name}.{hint}"
 
 
 @contextlib.contextmanager
@@ -234,7 +238,7 @@ class _Session:
         try:
             reply = self._dispatch(request)
         except (Exception, SystemExit) as error:
-            return _Failed(f"{self._doing}: {_one_line(error)}")
+            return _Failed(f"{self._doing}: {one_line(error)}")
         _wait_until_quiet()
         return reply
 
@@ -329,7 +333,8 @@ def _wait_until_quiet() -> None:
             return
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return what an error says, with its kind if it is not one of ours."""
     text = " ".join(str(error).split())
     if len(text) > 300:
         text = text[:299] + "…"

@@ -1,0 +1,54 @@
+"""What a report is of, and how long it may take."""
+
+from dataclasses import dataclass
+
+from coat_deploy.errors import UsageError, unknown_name
+from coat_deploy.network.variants import VARIANTS
+from coat_deploy.runner import DEVICES
+
+PUBLISHED = (
+    "coat_lite_tiny", "coat_lite_mini", "coat_lite_small", "coat_tiny", "coat_mini", "coat_small",
+    "coat_lite_medium", "coat_lite_medium_384",
+)  # fmt: skip
+"""The smallest first: what the time does not reach are the largest."""
+
+HELP = {
+    "budget": "Seconds for all of it; what does not fit is skipped, and said to be.",
+    "variants": "Networks whose numbers are checked, separated by commas. Default: the published.",
+    "bench": "Networks that are timed, separated by commas.",
+    "batch": "Batch sizes, separated by commas, the most wanted first.",
+    "device": "cuda, or cpu: a dry run of whatever runs there, whose times mean nothing.",
+    "record": "Append the report to a file, as a JSON line.",
+    "markdown": "Write its tables to a file.",
+    "json": "Print the report as one JSON object on stdout.",
+}
+"""What the options are for, however they are read."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What to report.
+
+    budget_s: seconds for everything. variants: networks whose numbers are checked. bench: networks
+    that are timed, with `batches`. seconds: of timing, a way and batch.
+
+    Raises: UsageError for values that cannot be.
+    """
+
+    budget_s: float = 520.0
+    variants: tuple[str, ...] = PUBLISHED
+    bench: tuple[str, ...] = ("coat_lite_mini",)
+    batches: tuple[int, ...] = (256, 1, 64, 8)
+    device: str = "cuda"
+    seconds: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise UsageError(unknown_name("device", self.device, DEVICES))
+        for name in (*self.variants, *self.bench):
+            if name not in VARIANTS:
+                raise UsageError(unknown_name("variant", name, VARIANTS))
+        if not self.budget_s > 0 or not self.seconds > 0:
+            raise UsageError(f"budget: must be above 0 (got {self.budget_s:g} s).")
+        if not self.batches or min(self.batches) < 1:
+            raise UsageError("batch: nothing given, or below 1. Write 1,8,64,256.")
