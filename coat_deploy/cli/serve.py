@@ -1,7 +1,6 @@
 """`coat-deploy serve`."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -221,9 +220,9 @@ def run(options: "ServeOptions", listen: "ListenOptions") -> None:
     logging.getLogger("coat_deploy.serve").setLevel(logging.INFO)
     server.check_certificate(listen)
     processes.check(options, listen)
+    place = server.bind(listen)
     if listen.host not in ("127.0.0.1", "::1", "localhost") and listen.token is None:
         console.note(f"{listen.host}: whoever reaches this address may ask; no token is set.")
-    place = server.bind(listen)
     try:
         if listen.workers > 1:
             processes.serve(options, listen, place, console.note)
@@ -231,4 +230,3 @@ def run(options: "ServeOptions", listen: "ListenOptions") -> None:
             server.serve(options, listen, place, console.note)
     finally:
         place.close()
-    sys.stderr.flush()

@@ -86,7 +86,14 @@ def load_levels(source: Source, options: ServeOptions) -> Levels:
     with contextlib.ExitStack() as stack:
         levels = []
         for streams in [1] if whole else stream_counts(threads):
-            how = LoadOptions(threads=threads, streams=streams, batch=batch, device=options.device)
+            # Of a request alone, all is one call: else the proof's two images would open a session.
+            how = LoadOptions(
+                threads=threads,
+                streams=streams,
+                batch=batch,
+                device=options.device,
+                whole_batches=streams == 1,
+            )
             levels.append(Level(streams, stack.enter_context(open_source(source, how))))
         stack.pop_all()  # they are the caller's now
     return Levels(levels, batch)

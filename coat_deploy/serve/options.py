@@ -58,7 +58,7 @@ class ServeOptions:
     device: str = "cpu"
     threads: int | None = None
     batch: int = 8
-    warm_up: int = 2
+    warm_up: int = 1
     reload_s: float = 2.0
     allow_load: bool = False
     limits: Limits = field(default_factory=Limits)

@@ -2,8 +2,17 @@
 
 import io
 import json
+import os
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -18,6 +27,7 @@ from coat_deploy.serve.inference import InferenceService
 from coat_deploy.serve.metrics import Metrics
 from coat_deploy.serve.options import ServeOptions
 
+ROOT = Path(__file__).resolve().parents[2]
 LABELS = ["bag", "boot", "coat", "dress", "hat"]
 NAMES = ("coat_lite_toy", "coat_toy")
 
@@ -105,3 +115,65 @@ def client_of(service: InferenceService, **how: object) -> TestClient:
 def http() -> Callable[..., TestClient]:
     """Make a client of a service; keywords are those of `build_app`."""
     return client_of
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server in a process of its own."""
+
+    process: "subprocess.Popen[str]"
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, bytes, dict[str, str]]:
+        """Return status, body and headers of one request on a connection of its own."""
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read(), {k.lower(): v for k, v in answer.getheaders()}
+
+    def end(self) -> tuple[int, str]:
+        """Ask it to end; return its status and what it said."""
+        self.process.terminate()
+        _, said = self.process.communicate(timeout=60)
+        return self.process.returncode, said
+
+
+READY = re.compile(r"ready: https?://127\.0\.0\.1:(\d+)")
+
+
+@pytest.fixture
+def running(exported: Path) -> Iterator[Callable[..., Running]]:
+    """Start `coat-deploy serve` with some words, and wait until it is ready."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: object, models: Path = exported) -> Running:
+        command = [sys.executable, str(ROOT / "cli.py"), "serve", "--models", str(models)]
+        process = subprocess.Popen(
+            [*command, "--port", "0", "--threads", "2", *map(str, words)],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if found := READY.search(line):
+                return Running(process, int(found[1]))
+        raise AssertionError(f"it did not become ready: {said}")
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
