@@ -30,6 +30,9 @@ def serve(
         str, typer.Option(metavar="ADDRESS", help="Address to listen at; 0.0.0.0 for all.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for HTTP; 0 takes any.")] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port for gRPC; 0 leaves it out.")
+    ] = 8001,
     target: Annotated[
         str | None,
         typer.Option(
@@ -134,7 +137,7 @@ def serve(
             max=256,
             metavar="N",
             rich_help_panel=END,
-            help="Processes, which share the port and divide the threads.",
+            help="Processes, which share the ports and divide the threads.",
         ),
     ] = 1,
     drain_delay: Annotated[
@@ -166,12 +169,12 @@ def serve(
     ] = True,
     models: console.ModelsOption = None,
 ) -> None:
-    """Serve models over HTTP, in the Open Inference Protocol (KServe v2) and for images.
+    """Serve models over HTTP and gRPC, in the Open Inference Protocol (KServe v2) and for images.
 
     POST an image file to /models/MODEL and get its labels; clients of Triton and KServe find the
-    protocol under /v2. A model answers only after its proof was replayed on this machine, and is
-    replaced without losing a request when its folder changes. Ends after SIGTERM or Ctrl-C when
-    all that was asked is answered.
+    protocol under /v2 and at --grpc-port. A model answers only after its proof was replayed on this
+    machine, and is replaced without losing a request when its folder changes. Ends after SIGTERM or
+    Ctrl-C when all that was asked is answered.
     """
     from coat_deploy.images import ImageLimits
     from coat_deploy.serve.auth import read_token
@@ -201,6 +204,7 @@ def serve(
     listen = ListenOptions(
         host=host,
         port=port,
+        grpc_port=grpc_port or None,
         token=read_token(token_file),
         certificate=tls_cert,
         key=tls_key,
@@ -215,6 +219,7 @@ def serve(
 def run(options: "ServeOptions", listen: "ListenOptions") -> None:
     """Serve until a signal."""
     from coat_deploy.serve import processes, server
+    from coat_deploy.serve.rpc.address import check_free
 
     # What happens to models while they are served is for whoever reads the log.
     logging.getLogger("coat_deploy.serve").setLevel(logging.INFO)
@@ -224,6 +229,8 @@ def run(options: "ServeOptions", listen: "ListenOptions") -> None:
     if listen.host not in ("127.0.0.1", "::1", "localhost") and listen.token is None:
         console.note(f"{listen.host}: whoever reaches this address may ask; no token is set.")
     try:
+        if listen.grpc_port is not None:
+            check_free(listen)
         if listen.workers > 1:
             processes.serve(options, listen, place, console.note)
         else:

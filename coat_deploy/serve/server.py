@@ -9,9 +9,9 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -22,6 +22,9 @@ from coat_deploy.serve.http import build_app
 from coat_deploy.serve.inference import InferenceService
 from coat_deploy.serve.metrics import Metrics
 from coat_deploy.serve.options import ListenOptions, ServeOptions
+
+if TYPE_CHECKING:
+    from coat_deploy.serve.rpc.server import GrpcServer
 
 _log = logging.getLogger(__name__)
 
@@ -83,17 +86,36 @@ def serve(options: ServeOptions, listen: ListenOptions, place: socket.socket, te
     try:
         app = build_app(service, metrics, listen.token, log)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(service, listen, place, app, tell))
+            rpc = _start_rpc(service, listen, metrics, log)
+            runner.run(_serve(service, listen, place, Server(service, listen, app), rpc, tell))
     finally:
         service.close()
         if log:
             log.close()
 
 
+async def _start_rpc(
+    service: InferenceService, listen: ListenOptions, metrics: Metrics, log: AccessLog | None
+) -> "GrpcServer | None":
+    """Listen for gRPC, if that is wanted."""
+    if listen.grpc_port is None:
+        return None
+    from coat_deploy.serve.rpc.server import start_grpc
+
+    return await start_grpc(service, listen, metrics, log)
+
+
 async def _serve(
-    service: InferenceService, listen: ListenOptions, place: socket.socket, app: Any, tell: Tell
+    service: InferenceService,
+    listen: ListenOptions,
+    place: socket.socket,
+    server: "Server",
+    rpc: Awaitable["GrpcServer | None"],
+    tell: Tell,
 ) -> None:
-    server = Server(service, listen, app)
+    server.rpc = await rpc
+    if server.rpc:
+        tell(f"gRPC: {server.rpc.address}")
     tasks = [asyncio.create_task(_watch(service))] if service.options.reload_s else []
     try:
         scheme = "https" if listen.certificate else "http"
@@ -116,7 +138,9 @@ async def _watch(service: InferenceService) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, ending as we want it: first not ready, then deaf, then done."""
+    """uvicorn, ending as we want it: first not ready, then deaf, then done, and `rpc` with it."""
+
+    rpc: "GrpcServer | None" = None
 
     def __init__(self, service: InferenceService, listen: ListenOptions, app: Any) -> None:
         super().__init__(
@@ -153,9 +177,14 @@ class Server(uvicorn.Server):
             await asyncio.sleep(self._listen.drain_delay_s)
         for server in self.servers:
             server.close()
+        ending = asyncio.create_task(self.rpc.stop(self._listen.drain_s)) if self.rpc else None
         # What is already on a connection's way is read before idle connections are closed.
         await asyncio.sleep(LINGER_S)
         await super().shutdown(sockets)
+        while ending and not ending.done():
+            await asyncio.wait({ending}, timeout=0.1)
+            if self.rpc and self.force_exit:
+                await self.rpc.stop(0)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

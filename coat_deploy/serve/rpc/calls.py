@@ -119,7 +119,7 @@ class Calls:
                 except Exception as error:
                     refusal = self._refusal(path, call, error)
                 if refusal is None and self.stopping.is_set():
-                    refusal = RequestError("the server ends. Ask another.", "unavailable")
+                    refusal = _ending()
                 if refusal is not None:
                     await _abort(context, call, refusal)
                 call.status = grpc.StatusCode.OK.name
@@ -127,8 +127,11 @@ class Calls:
         return handle
 
     def _admit(self, path: str, context: Any) -> None:
-        if path not in OPEN:
-            self._door.check(_metadata(context, "authorization"))
+        if path in OPEN:
+            return
+        self._door.check(_metadata(context, "authorization"))
+        if self.stopping.is_set():
+            raise _ending()
 
     async def _first(self, contents: AsyncIterator[bytes]) -> bytes:
         """Return the one message of a call that has one."""
@@ -195,6 +198,10 @@ class Calls:
                     bytes_in=call.bytes_in,
                     bytes_out=call.bytes_out,
                 )
+
+
+def _ending() -> RequestError:
+    return RequestError("the server ends. Ask another.", "unavailable", 1)
 
 
 async def _abort(context: Any, call: Call, error: RequestError) -> None:

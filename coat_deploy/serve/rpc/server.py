@@ -1,6 +1,6 @@
 """The gRPC server: where it listens, with what limits, and how it ends."""
 
-import socket
+import asyncio
 import ssl
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from coat_deploy.serve.auth import Door
 from coat_deploy.serve.inference import InferenceService
 from coat_deploy.serve.metrics import Metrics
 from coat_deploy.serve.options import Limits, ListenOptions
+from coat_deploy.serve.rpc.address import address, cannot_listen, check_free
 from coat_deploy.serve.rpc.calls import Calls
 from coat_deploy.serve.rpc.health import Health
 from coat_deploy.serve.rpc.messages import HEALTH, PROTOCOL, REFLECTION
@@ -28,21 +29,25 @@ KEEPALIVE_TIMEOUT_MS = 20_000
 """How long it may take to answer."""
 LEAST_PING_MS = 10_000
 """How often clients may ask the same."""
+LINGER_S = 0.25
+"""How long calls that come when the end has begun are told to go elsewhere."""
 
 
 class GrpcServer:
-    """A server that listens, on `port`."""
+    """A server that listens, at `address`."""
 
-    def __init__(self, server: aio.Server, calls: Calls, port: int) -> None:
-        self._server, self._calls, self.port = server, calls, port
+    def __init__(self, server: aio.Server, calls: Calls, address: str) -> None:
+        self._server, self._calls, self.address = server, calls, address
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, answer those that were taken, and end.
 
         Streams and watchers end at once, when what they sent is answered. What is not answered in
-        time is cancelled.
+        time is cancelled; another call may shorten the time.
         """
         self._calls.stopping.set()
+        # gRPC cuts off what has come and is not begun yet; so that is refused first, by a status.
+        await asyncio.sleep(min(LINGER_S, grace_s))
         await self._server.stop(grace_s)
 
 
@@ -72,7 +77,7 @@ async def start_grpc(
     )
     port = _listen(server, listen)
     await server.start()
-    return GrpcServer(server, calls, port)
+    return GrpcServer(server, calls, address(listen, port))
 
 
 def _options(limits: Limits, share_port: bool) -> list[tuple[str, Any]]:
@@ -87,35 +92,15 @@ def _options(limits: Limits, share_port: bool) -> list[tuple[str, Any]]:
 
 
 def _listen(server: aio.Server, listen: ListenOptions) -> int:
-    host = f"[{listen.host}]" if ":" in listen.host else listen.host
-    address = f"{host}:{listen.grpc_port}"
-    if listen.workers == 1:
-        _check_free(listen.host, listen.grpc_port or 0, address)
+    if listen.workers == 1:  # else the other processes are there, too
+        check_free(listen)
     try:
         if listen.certificate and listen.key:
-            port = server.add_secure_port(address, _credentials(listen.certificate, listen.key))
-        else:
-            port = server.add_insecure_port(address)
+            pair = _credentials(listen.certificate, listen.key)
+            return int(server.add_secure_port(address(listen), pair))
+        return int(server.add_insecure_port(address(listen)))
     except RuntimeError as error:
-        raise _cannot(address, str(error)) from error
-    return int(port)
-
-
-def _check_free(host: str, port: int, address: str) -> None:
-    """Raise ServerError for an address that is taken; gRPC would write pages about it."""
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-    except OSError as error:
-        raise _cannot(address, error.strerror or str(error)) from error
-
-
-def _cannot(address: str, reason: str) -> ServerError:
-    return ServerError(
-        f"{address}: gRPC cannot listen there ({reason:.200}). Choose another with --grpc-port."
-    )
+        raise cannot_listen(listen, str(error)) from error
 
 
 def _credentials(certificate: Path, key: Path) -> grpc.ServerCredentials:

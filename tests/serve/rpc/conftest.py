@@ -25,7 +25,7 @@ class Running:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.server: GrpcServer = self.run(start_grpc(service, listen, **how))
-        self.address = f"{listen.host}:{self.server.port}"
+        self.address = self.server.address
 
     def begin(self, coroutine):
         """Run in the loop; return its future."""
