@@ -22,7 +22,7 @@ from coat_deploy.serve import server
     ],
 )
 def test_what_cannot_be_served_is_one_line(cli, exported, words, status, error):
-    ran = cli("serve", *words, "--models", exported, "--port", "0")
+    ran = cli("serve", *words, "--models", exported, "--port", "0", "--grpc-port", "0")
     assert (ran.status, ran.out) == (status, "")
     assert error in ran.err and ran.err.count("\n") == 1
 
@@ -30,7 +30,7 @@ def test_what_cannot_be_served_is_one_line(cli, exported, words, status, error):
 def test_a_port_that_is_taken_is_told_before_models_are_loaded(cli, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        ran = cli("serve", "--models", tmp_path, "--port", port)
+        ran = cli("serve", "--models", tmp_path, "--port", port, "--grpc-port", "0")
     assert ran.status == 1 and "cannot listen there" in ran.err
 
 
@@ -40,7 +40,9 @@ def test_options_reach_the_server(cli, exported, monkeypatch):
     monkeypatch.setenv("COAT_TOKEN", "a-token-of-some-length")
     words = ("--max-body", "1", "--max-pixels", "2", "--deadline", "0.5", "--max-batch", "3")
     more = ("--precision", "fp32", "--batch", "4", "--allow-load", "--no-access-log")
-    ran = cli("serve", "coat_toy", *words, *more, "--models", exported, "--port", "0")
+    ran = cli(
+        "serve", "coat_toy", *words, *more, "--models", exported, "--port", "0", "--grpc-port", "0"
+    )
     assert ran.status == 0
     ((options, listen, _, _),) = found
     assert (options.names, options.precision, options.batch) == (("coat_toy",), "fp32", 4)

@@ -158,7 +158,7 @@ def running(exported: Path) -> Iterator[Callable[..., Running]]:
     def start(*words: object, models: Path = exported) -> Running:
         command = [sys.executable, str(ROOT / "cli.py"), "serve", "--models", str(models)]
         process = subprocess.Popen(
-            [*command, "--port", "0", "--threads", "2", *map(str, words)],
+            [*command, "--port", "0", "--grpc-port", "0", "--threads", "2", *map(str, words)],
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
