@@ -96,11 +96,13 @@ def test_it_serves_read_only_and_answers_as_the_artifact_does(image, toy_models)
     pixels = np.stack([probe_images(model.spec.preprocess, 1)[0]] * 2)
     with open_source(find_source(model, ArtifactQuery("onnxruntime")), LoadOptions()) as runner:
         expected = runner.run(pixels)["logits"]
-    with serving(image, toy_models) as (_, address):
-        with client.InferenceServerClient(address) as server:
-            wanted = client.InferInput("pixels", list(pixels.shape), "FP32")
-            wanted.set_data_from_numpy(pixels)
-            answer = server.infer(model.name, [wanted]).as_numpy("logits")
+    wanted = client.InferInput("pixels", list(pixels.shape), "FP32")
+    wanted.set_data_from_numpy(pixels)
+    with (
+        serving(image, toy_models) as (_, address),
+        client.InferenceServerClient(address) as server,
+    ):
+        answer = server.infer(model.name, [wanted]).as_numpy("logits")
     np.testing.assert_allclose(answer, expected, atol=1e-4)
 
 
