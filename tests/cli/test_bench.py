@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -164,3 +165,81 @@ def test_a_model_given_by_its_path_is_exported_into_its_folder(cli, models):
     ran = cli("bench", folder, *words)
     assert ran.status == 0, ran.err
     assert (models / "coat_lite_toy" / "1" / "onnxruntime-fp32-96x96.onnx").is_file()
+
+
+# On a GPU that is made up.
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Let what is asked of a GPU be done by the CPU; return the options of every load."""
+    from coat_deploy import open as opening
+    from coat_deploy.runner import LoadOptions
+
+    asked = []
+    load = opening.load_unchecked
+
+    def load_here(target, path, options):
+        asked.append((target, options.device, options.provider))
+        return load(target, path, dataclasses.replace(options, device="cpu", provider=None))
+
+    monkeypatch.setattr(opening, "load_unchecked", load_here)
+    assert LoadOptions(device="cuda").device == "cuda"
+    return asked
+
+
+def line_up_on_a_gpu(models, names, **options):
+    from coat_deploy.cli.contenders import line_up, read_entries
+    from coat_deploy.repository import Repository
+
+    repository = Repository.open(models)
+    entries = read_entries(names)
+    found = line_up(
+        repository, repository.find("coat_lite_toy"), entries, (64, 64), None, **options
+    )
+    return found, entries
+
+
+def test_contenders_are_loaded_on_the_device_and_say_so(models, gpu):
+    lineup, entries = line_up_on_a_gpu(
+        models, "eager,onnxruntime", device="cuda", provider="tensorrt"
+    )
+    assert gpu == [("onnxruntime", "cuda", "tensorrt")]
+    contenders = list(lineup.contenders(entries, [1], [1]))
+    assert [(c.name, c.device, c.labels["device"]) for c in contenders] == [
+        ("eager", "cuda", "cuda"), ("onnxruntime", "cuda", "cuda"),
+    ]  # fmt: skip
+    options = [c.load.args[2] for c in contenders]
+    assert [(o.device, o.provider) for o in options] == [("cuda", None), ("cuda", "tensorrt")]
+
+
+def test_what_runs_on_the_cpu_alone_has_no_part_on_a_gpu(models, gpu):
+    lineup, entries = line_up_on_a_gpu(models, "onnxruntime,openvino", device="cuda")
+    assert lineup.failed["openvino"].startswith("openvino: runs on the CPU alone.")
+    assert [f.device for f in lineup.failures(entries, [1], [1])] == ["cuda"]
+    lineup, _ = line_up_on_a_gpu(models, "onnxruntime,openvino", device="cuda", optional=True)
+    assert list(lineup.left_out) == ["openvino"] and not lineup.failed
+
+
+def test_fp16_of_onnxruntime_has_no_part_on_a_cpu(models):
+    lineup, _ = line_up_on_a_gpu(models, "onnxruntime,onnxruntime:fp16", optional=True)
+    assert "is for an NVIDIA GPU" in lineup.left_out["onnxruntime:fp16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "cudda"), "Did you mean 'cuda'?"),
+        (("--provider", "tensorrt"), "Add --device cuda"),
+        (("--device", "cuda", "--limits"), "--limits: measures the processor"),
+    ],
+)
+def test_devices_that_cannot_be_are_told_before_anything_is_measured(words, said, cli, models):
+    ran = cli("bench", "coat_lite_toy", "--models", models, *words)
+    assert (ran.status, ran.out) == (2, "")
+    assert said in ran.err
+
+
+def test_results_name_the_device(cli, models):
+    ran = cli("bench", "coat_lite_toy", "--models", models, "--targets", "eager", "--json", *QUICK)
+    assert [result["device"] for result in ran.json["results"]] == ["cpu"]

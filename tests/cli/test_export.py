@@ -151,3 +151,28 @@ def test_only_an_export_chooses(cli, models, photos, words):
     ran = cli(*words, "--models", models)
     assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert "unknown precision" in ran.err and "'auto' (known: fp32" in ran.err
+
+
+def test_fp16_for_a_gpu_is_exported_and_proven_on_a_cpu(cli, models):
+    words = ("--models", models, "--precision", "fp16", "--json")
+    ran = cli("export", "coat_toy", *words)
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.json["agreement"]["computed_by"] == "onnxruntime"
+    folder = models / "coat_toy" / "1"
+    assert {path.name for path in folder.glob("*fp16*")} == {
+        "onnxruntime-fp16.onnx", "onnxruntime-fp16.proof.npz",
+    }  # fmt: skip
+    assert not list(folder.glob("emulated*"))
+
+
+def test_fp16_on_a_cpu_is_refused_in_a_line_and_fp32_is_taken_by_itself(cli, models, photos):
+    assert cli("export", "coat_toy", "--models", models, "--precision", "fp16").status == 0
+    image = next(photos.iterdir())
+    there = ("--models", models, "--target", "onnxruntime")
+    assert cli("predict", "coat_toy", image, *there).status == 0
+    ran = cli("predict", "coat_toy", image, *there, "--precision", "fp16")
+    assert ran.status == 1 and "fp16 is for an NVIDIA GPU" in ran.err and ran.err.count("\n") == 1
+    tested = cli("selftest", "coat_toy", "--models", models, "--json")
+    assert tested.status == 0
+    passed = {a["artifact"]: a["passed"] for a in tested.json["artifacts"]}
+    assert passed["onnxruntime-fp16"] is None and passed["onnxruntime-fp32"] is True

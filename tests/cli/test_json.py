@@ -1,5 +1,6 @@
 """docs/json.md promises keys; here every command keeps them, and stdout holds nothing else."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -169,4 +170,40 @@ def test_results_go_to_stdout_and_all_else_to_stderr(format, script, models, own
 def test_an_error_leaves_stdout_empty(script, bare):
     ran = script("export", "coat_lite_toy", "--models", bare, "--json")
     assert (ran.status, ran.out) == (2, "")
+    assert ran.err.count("\n") == 1
+
+
+def test_gpu_report_prints_what_is_documented(cli, monkeypatch):
+    from coat_deploy.gpu_report import keep
+    from coat_deploy.gpu_report.options import ReportOptions
+    from coat_deploy.gpu_report.report import Report
+    from coat_deploy.machine import Gpu, describe
+
+    machine = dataclasses.replace(describe(), gpus=(Gpu("A GPU", "580.95.05", 81559),))
+    numbers = dict.fromkeys(
+        ("way", "variant", "precision", "relative_to_float64", "max_abs_difference",
+         "centred_cosine", "top1_agreement")
+    ) | {"failures": []}  # fmt: skip
+    timing = dict.fromkeys(
+        ("way", "variant", "precision", "p50_ms", "p90_ms", "p99_ms", "iterations", "device_ms",
+         "images_per_second", "power_w", "joules_per_image", "clock_mhz", "memory_mib",
+         "device_memory_mib")
+    ) | {"batch": 1}  # fmt: skip
+    checks = [{"check": "it is on the GPU", "passed": True}]
+    skipped = [{"what": "a way", "why": "a reason"}]
+    found = Report(ReportOptions(), machine, checks, [numbers], [timing], skipped)
+    monkeypatch.setattr(keep, "report", lambda options, progress: found)
+    ran = cli("gpu-report", "--json")
+    assert ran.status == 0, ran.err
+    assert promised("gpu-report") <= paths(ran.json)
+
+
+def test_a_report_without_a_gpu_is_one_line(cli, monkeypatch):
+    from coat_deploy.gpu_report import report
+    from coat_deploy.gpu_report.apart import Told
+
+    monkeypatch.setattr(report, "run_apart", lambda *arguments: Told())
+    ran = cli("gpu-report")
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.startswith("coat-deploy: gpu-report: PyTorch finds no NVIDIA GPU.")
     assert ran.err.count("\n") == 1
