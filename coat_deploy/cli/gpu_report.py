@@ -10,21 +10,21 @@ import typer
 from coat_deploy.cli import console
 from coat_deploy.gpu_report.options import HELP, ReportOptions
 
-_DEFAULTS = ReportOptions()
-
 
 def gpu_report(
     budget: Annotated[
         float, typer.Option(min=1.0, metavar="S", help=HELP["budget"])
-    ] = _DEFAULTS.budget_s,
+    ] = ReportOptions.budget_s,
     variants: Annotated[str | None, typer.Option(metavar="LIST", help=HELP["variants"])] = None,
     bench: Annotated[str, typer.Option(metavar="LIST", help=HELP["bench"])] = ",".join(
-        _DEFAULTS.bench
+        ReportOptions.bench
     ),
     batch: Annotated[str, typer.Option(metavar="N,N", help=HELP["batch"])] = ",".join(
-        map(str, _DEFAULTS.batches)
+        map(str, ReportOptions.batches)
     ),
-    device: Annotated[str, typer.Option(metavar="NAME", help=HELP["device"])] = _DEFAULTS.device,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help=HELP["device"])
+    ] = ReportOptions.device,
     record: Annotated[Path | None, typer.Option(metavar="FILE", help=HELP["record"])] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help=HELP["markdown"])] = None,
     as_json: console.JsonOption = False,

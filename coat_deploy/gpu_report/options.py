@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 from coat_deploy.errors import UsageError, unknown_name
-from coat_deploy.network.variants import VARIANTS
-from coat_deploy.runner import DEVICES
 
 PUBLISHED = (
     "coat_lite_tiny", "coat_lite_mini", "coat_lite_small", "coat_tiny", "coat_mini", "coat_small",
@@ -43,6 +41,9 @@ class ReportOptions:
     seconds: float = 2.0
 
     def __post_init__(self) -> None:
+        from coat_deploy.network.variants import VARIANTS  # not for --help
+        from coat_deploy.runner import DEVICES
+
         if self.device not in DEVICES:
             raise UsageError(unknown_name("device", self.device, DEVICES))
         for name in (*self.variants, *self.bench):

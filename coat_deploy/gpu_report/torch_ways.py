@@ -95,7 +95,7 @@ def open_compiled(mode: str, precision: str, variant: str, place: Place) -> Open
     import torch
 
     network, dtype = _low(precision, variant, place)
-    compiled = torch.compile(network, mode=mode, dynamic=False)
+    compiled: Any = torch.compile(network, mode=mode, dynamic=False)
     return TorchOpened(lambda pixels: compiled(pixels.to(dtype)), place.device)
 
 
