@@ -74,7 +74,7 @@ def read_tensor(head: TensorHead, content: memoryview) -> Tensor:
             f"{list(head.shape)})."
         )
     values = np.frombuffer(content, dtype).reshape(head.shape)
-    return Tensor(head.name, head.datatype, head.shape, np.require(values, requirements="A"))
+    return Tensor(head.name, head.datatype, head.shape, values)
 
 
 def raw_images(body: memoryview, name: str, size: tuple[int, int]) -> Tensor | None:

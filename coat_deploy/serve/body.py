@@ -10,9 +10,6 @@ from starlette.requests import ClientDisconnect, Request
 from coat_deploy.errors import RequestError
 from coat_deploy.serve.options import Limits
 
-ALIGNMENT = 64
-"""Tensors behind a JSON header begin at a multiple of it: runtimes read whole vectors."""
-
 _IN_THE_LOOP = 64 << 10
 """Packed bodies up to so many bytes are unpacked at once, larger ones in a thread."""
 
@@ -60,11 +57,10 @@ class Share:
         self.num_bytes += num_bytes
 
 
-async def read_body(request: Request, limits: Limits, share: Share, lead: int = 0) -> memoryview:
-    """Return a request's body, unpacked, writable.
+async def read_body(request: Request, limits: Limits, share: Share) -> memoryview:
+    """Return a request's body, unpacked.
 
-    What begins at `lead` is aligned for vectors. Raises: RequestError for one that is too large,
-    too slow or not packed as it says.
+    Raises: RequestError for one that is too large, too slow or not packed as it says.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", *_WINDOW):
@@ -72,23 +68,22 @@ async def read_body(request: Request, limits: Limits, share: Share, lead: int = 
             f"content-encoding '{encoding:.40}': is not read (expected gzip or deflate).",
             "unsupported",
         )
-    packed = encoding in _WINDOW
-    skipped = 0 if packed else -lead % ALIGNMENT
     check_length(request, limits)
-    buffer = bytearray(skipped)
+    parts: list[bytes] = []
     try:
         async with asyncio.timeout(limits.deadline_s):
-            async for chunk in _chunks(request, limits, share):
-                buffer += chunk
+            async for part in _parts(request, limits, share):
+                parts.append(part)
     except TimeoutError:
         raise RequestError(
-            f"the body did not come in {limits.deadline_s:g} s (got {len(buffer) - skipped} "
-            "bytes). Send it faster.",
+            f"the body did not come in {limits.deadline_s:g} s (got {sum(map(len, parts))} bytes). "
+            "Send it faster.",
             "slow",
         ) from None
-    if not packed:
-        return memoryview(buffer)[skipped:]
-    return await _unpacked(buffer, encoding, limits, share, lead)
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    if encoding in _WINDOW:
+        body = await _unpacked(body, encoding, limits, share)
+    return memoryview(body)
 
 
 def check_length(request: Request, limits: Limits) -> None:
@@ -99,32 +94,31 @@ def check_length(request: Request, limits: Limits) -> None:
         raise _too_large(length, limits)
 
 
-async def _chunks(request: Request, limits: Limits, share: Share) -> AsyncIterator[bytes]:
+async def _parts(request: Request, limits: Limits, share: Share) -> AsyncIterator[bytes]:
     length = 0
     try:
-        async for chunk in request.stream():
-            length += len(chunk)
+        async for part in request.stream():
+            if not part:  # the end
+                continue
+            length += len(part)
             if length > limits.body_bytes:
                 raise _too_large(f"more than {limits.body_bytes}", limits)
-            share.add(len(chunk))
-            yield chunk
+            share.add(len(part))
+            yield part
     except ClientDisconnect:
         raise RequestError("the client is gone.", "cancelled") from None
 
 
-async def _unpacked(
-    packed: bytearray, encoding: str, limits: Limits, share: Share, lead: int
-) -> memoryview:
-    work = (packed, encoding, limits, -lead % ALIGNMENT)
+async def _unpacked(packed: bytes, encoding: str, limits: Limits, share: Share) -> bytes:
     if len(packed) <= _IN_THE_LOOP:
-        unpacked = _unpack(*work)
+        unpacked = _unpack(packed, encoding, limits)
     else:
-        unpacked = await asyncio.to_thread(_unpack, *work)
+        unpacked = await asyncio.to_thread(_unpack, packed, encoding, limits)
     share.add(len(unpacked))
     return unpacked
 
 
-def _unpack(packed: bytearray, encoding: str, limits: Limits, skipped: int) -> memoryview:
+def _unpack(packed: bytes, encoding: str, limits: Limits) -> bytes:
     """Return what was packed, and stop as soon as it is too much."""
     window = _WINDOW[encoding]
     # "deflate" is zlib's format, but some clients send the bare stream.
@@ -140,9 +134,7 @@ def _unpack(packed: bytearray, encoding: str, limits: Limits, skipped: int) -> m
     if not unpacker.eof or unpacker.unused_data:
         what = "is cut short" if not unpacker.eof else "goes on behind its end"
         raise RequestError(f"the {encoding} body {what}. Send it whole.")
-    buffer = bytearray(skipped)
-    buffer += content
-    return memoryview(buffer)[skipped:]
+    return content
 
 
 def _too_large(length: object, limits: Limits) -> RequestError:

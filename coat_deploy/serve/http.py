@@ -53,8 +53,8 @@ def build_app(
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     routes = [
-        *ProtocolRoutes(service, receiving).routes(),
         *ImageRoutes(service, receiving).routes(),
+        *ProtocolRoutes(service, receiving).routes(),
         *page.routes(),
         Route("/metrics", show_metrics, methods=["GET"]),
     ]

@@ -43,8 +43,8 @@ class ImageRoutes:
     def routes(self) -> list[Route]:
         """Return the routes."""
         return [
-            Route("/models", self.cards, methods=["GET"]),
             Route("/models/{name}", self.classify, methods=["POST"]),
+            Route("/models", self.cards, methods=["GET"]),
         ]
 
     async def cards(self, request: Request) -> Response:

@@ -16,6 +16,12 @@ from coat_deploy.serve.statistics import Execution, Outcome
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_PARTS = {
+    "request": "Time of a request, from the queue to the answer.",
+    "queue": "Time a request waited.",
+    "input": "Time its images took to be decoded and prepared.",
+    "compute": "Time the runtime computed for it.",
+}
 _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -30,15 +36,10 @@ class Metrics:
             ["model", "outcome"], registry=own,
         )  # fmt: skip
         self._images = Counter("coat_images", "Images answered.", model, registry=own)
-        self._seconds = {
-            part: Histogram(f"coat_{part}_seconds", text, model, registry=own, buckets=_SECONDS)
-            for part, text in {
-                "request": "Time of a request, from the queue to the answer.",
-                "queue": "Time a request waited.",
-                "input": "Time its images took to be decoded and prepared.",
-                "compute": "Time the runtime computed for it.",
-            }.items()
-        }
+        self._seconds = [
+            Histogram(f"coat_{part}_seconds", text, model, registry=own, buckets=_SECONDS)
+            for part, text in _PARTS.items()
+        ]
         self._batch = Histogram(
             "coat_batch_images", "Images of a step.", model, registry=own, buckets=_IMAGES
         )
@@ -64,7 +65,7 @@ class Metrics:
             return
         self._images.labels(model).inc(outcome.images)
         times = (outcome.total_ns, outcome.queue_ns, outcome.input_ns, outcome.infer_ns)
-        for histogram, ns in zip(self._seconds.values(), times, strict=True):
+        for histogram, ns in zip(self._seconds, times, strict=True):
             histogram.labels(model).observe(ns / 1e9)
 
     def begun(self) -> Callable[[int], None]:

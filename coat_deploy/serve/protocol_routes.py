@@ -31,10 +31,12 @@ class ProtocolRoutes:
         self._service, self._receiving = service, receiving
 
     def routes(self) -> list[Route]:
-        """Return the routes; those of all models before those of one."""
+        """Return the routes: inference first, then those of all models before those of one."""
         model = [("", self.metadata), ("/ready", self.model_ready), ("/config", self.config),
                  ("/stats", self.statistics)]  # fmt: skip
-        found = [
+        places = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+        found = [Route(f"{place}/infer", self.infer, methods=["POST"]) for place in places]
+        found += [
             Route("/v2", self.server, methods=["GET"]),
             Route("/v2/health/live", self.live, methods=["GET"]),
             Route("/v2/health/ready", self.ready, methods=["GET"]),
@@ -43,9 +45,8 @@ class ProtocolRoutes:
             Route("/v2/repository/models/{name}/load", self.load, methods=["POST"]),
             Route("/v2/repository/models/{name}/unload", self.unload, methods=["POST"]),
         ]
-        for place in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        for place in places:
             found += [Route(place + end, answer, methods=["GET"]) for end, answer in model]
-            found.append(Route(f"{place}/infer", self.infer, methods=["POST"]))
         return found
 
     async def live(self, request: Request) -> Response:
@@ -115,7 +116,7 @@ class ProtocolRoutes:
         self._service.check_room(name, version)
         length = binary.header_length(request.headers.get(binary.HEADER_LENGTH))
         with self._receiving.share() as share:
-            body = await read_body(request, self._service.limits, share, length or 0)
+            body = await read_body(request, self._service.limits, share)
             if length == 0:
                 raw = self._raw(request, name, version, body)
                 document, asked = _EMPTY, InferRequest(name, (raw,), version)

@@ -1,0 +1,362 @@
+"""Measure what serving costs over the bare artifact, in one run.
+
+    coat-deploy export coat_lite_tiny --weights random:0 --models /tmp/models
+    python docs/benchmarks/serving.py --models /tmp/models --threads 2
+
+The server is a process of its own, as `coat-deploy serve` starts it; the artifact alone is run in
+this one. They take turns, in rounds of shuffled order, so that what slows the machine slows both:
+
+- start: from the command to the first answer.
+- one client: median time of a request against that of the artifact on all threads; of a JPEG
+  against decoding and the artifact.
+- many clients: images a second against those of the artifact on a thread each, clients' work and
+  all, which is done on the same cores.
+- overload: how soon a full queue says so.
+"""
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coat_deploy.images import load
+from coat_deploy.machine import describe, usable_threads
+from coat_deploy.measure.latency import append_records
+from coat_deploy.measure.proof import probe_images
+from coat_deploy.model import ArtifactQuery, Model
+from coat_deploy.open import Source, default_target, find_source, open_source
+from coat_deploy.repository import Repository
+from coat_deploy.runner import LoadOptions, Pixels
+
+PHOTO = (375, 500)
+JPEG_QUALITY = 90
+OK = b"200"
+
+Step = Callable[[], bytes]
+"""One request, or one run of the artifact; returns an HTTP status, or `OK`."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is asked about: pixels, and a photograph."""
+
+    pixels: Pixels
+    jpeg: bytes
+
+
+class Client:
+    """A connection that sends one request again and again."""
+
+    def __init__(self, port: int, path: str, body: bytes, **headers: object) -> None:
+        lines = [f"POST {path} HTTP/1.1", "host: localhost", f"content-length: {len(body)}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        self._request = "\r\n".join([*lines, "", ""]).encode() + body
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=120)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def __call__(self) -> bytes:
+        """Ask, and return the status."""
+        self._socket.sendall(self._request)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += self._more()
+        head, _, body = received.partition(b"\r\n\r\n")
+        length = next(
+            int(line.split(b":")[1])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length")
+        )
+        left = length - len(body)
+        while left > 0:
+            left -= len(self._more())
+        return head.split()[1]
+
+    def _more(self) -> bytes:
+        part = self._socket.recv(1 << 16)
+        if not part:
+            raise ConnectionError("the server closed the connection")
+        return part
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs, and how long it took to be ready."""
+
+    port: int
+    model: str
+    start_s: float
+    pid: int
+
+    def ways(self, inputs: Inputs) -> dict[str, Callable[[], Step]]:
+        """Return, by name, what makes a client of each way to ask."""
+        infer, label = f"/v2/models/{self.model}/infer", f"/models/{self.model}"
+        tensor: dict[str, Any] = {
+            "name": "pixels",
+            "datatype": "FP32",
+            "shape": list(inputs.pixels.shape),
+        }
+        binary = inputs.pixels.tobytes()
+        sized = tensor | {"parameters": {"binary_data_size": len(binary)}}
+        wanted = {"parameters": {"binary_data_output": True}}
+        head = json.dumps({"inputs": [sized]} | wanted).encode()
+        text = json.dumps({"inputs": [tensor | {"data": inputs.pixels.ravel().tolist()}]}).encode()
+        packed = json.dumps({"inputs": base64.b64encode(inputs.jpeg).decode()}).encode()
+        kind = "application/json"
+        length = {"inference_header_content_length": len(head)}
+        return {
+            "binary": lambda: Client(self.port, infer, head + binary, **length),
+            "jpeg": lambda: Client(self.port, label, inputs.jpeg, content_type="image/jpeg"),
+            "json": lambda: Client(self.port, infer, text, content_type=kind),
+            "jpeg in json": lambda: Client(self.port, label, packed, content_type=kind),
+        }
+
+
+@contextlib.contextmanager
+def running(arguments: argparse.Namespace, *words: str) -> Iterator[Server]:
+    """Start a server and wait until it is ready."""
+    command = [sys.executable, "-m", "coat_deploy", "serve", arguments.model, "--port", "0"]
+    command += ["--models", str(arguments.models), "--threads", str(arguments.threads)]
+    if arguments.precision:
+        command += ["--precision", arguments.precision]
+    if arguments.target:
+        command += ["--target", arguments.target]
+    begin = time.perf_counter()
+    process = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if "ready: http" in line:
+                break
+        else:
+            raise SystemExit("the server did not start")
+        start_s = time.perf_counter() - begin
+        # The access log has to be read by someone.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        port = int(line.rsplit(":", 1)[1])
+        yield Server(port, arguments.model, start_s, process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def main() -> None:
+    """Measure, print, and record if asked."""
+    arguments = parse()
+    source = find(arguments)
+    how = source.model.spec.preprocess.at(source.size)
+    inputs = make_inputs(how.input_size)
+    alone = LoadOptions(threads=arguments.threads, whole_batches=True)
+    shared = LoadOptions(threads=arguments.threads, streams=arguments.threads)
+    starts = []
+    for _ in range(arguments.starts - 1):
+        with running(arguments) as server:
+            starts.append(server.start_s)
+    with (
+        running(arguments) as server,
+        open_source(source, alone) as one,
+        open_source(source, shared) as many,
+    ):
+        starts.append(server.start_s)
+        bare = {
+            "bare": lambda: done(one.run(inputs.pixels)),
+            "decode + bare": lambda: done(one.run(load(inputs.jpeg, how)[np.newaxis])),
+            "decode": lambda: done(load(inputs.jpeg, how)),
+        }
+        latencies = race(bare, server.ways(inputs), arguments)
+        streams = {
+            "bare": lambda: lambda: done(many.run(inputs.pixels)),
+            "decode + bare": lambda: lambda: done(many.run(load(inputs.jpeg, how)[np.newaxis])),
+        }
+        rates = rally(streams, server.ways(inputs), arguments)
+    result = {
+        "kind": "serving",
+        "model": arguments.model,
+        "artifact": source.artifact and source.artifact.name,
+        "sha256": source.sha256,
+        "threads": arguments.threads,
+        "clients": arguments.clients,
+        "start_s": statistics.median(starts),
+        "latency_ms": latencies,
+        "images_per_s": rates,
+        "overload": overload(arguments, inputs),
+    }
+    report(result)
+    if arguments.record:
+        document = result | {"machine": describe().to_json()}
+        append_records(arguments.record, [json.dumps(document)])
+
+
+def done(result: object) -> bytes:
+    """Return that a step went well, which its result, whatever it is, shows."""
+    return OK
+
+
+def parse() -> argparse.Namespace:
+    """Return the command's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="coat_lite_tiny")
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--target")
+    parser.add_argument("--precision")
+    parser.add_argument("--threads", type=int, default=usable_threads())
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--starts", type=int, default=3, help="how often to start")
+    parser.add_argument("--rounds", type=int, default=100, help="rounds with one client")
+    parser.add_argument("--slices", type=int, default=7, help="rounds with many clients")
+    parser.add_argument("--slice-s", type=float, default=3.0, help="seconds of each")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="append a line of JSON")
+    return parser.parse_args()
+
+
+def find(arguments: argparse.Namespace) -> Source:
+    """Return the artifact that the server will take."""
+    model: Model = Repository.open(arguments.models).find(arguments.model)
+    target = arguments.target or default_target(model, arguments.precision)
+    return find_source(model, ArtifactQuery(target, arguments.precision))
+
+
+def make_inputs(size: tuple[int, int]) -> Inputs:
+    """Return pixels of noise, and a synthetic photograph of a usual size."""
+    pixels = np.random.default_rng(0).standard_normal((1, 3, *size)).astype(np.float32)
+    (photo,) = probe_images(PHOTO, 1)
+    content = io.BytesIO()
+    Image.fromarray(photo.transpose(1, 2, 0)).save(content, "JPEG", quality=JPEG_QUALITY)
+    return Inputs(pixels, content.getvalue())
+
+
+def race(
+    bare: Mapping[str, Step],
+    ways: Mapping[str, Callable[[], Step]],
+    arguments: argparse.Namespace,
+) -> dict[str, dict[str, float]]:
+    """Return quantiles in ms of each step, taken in turns by one client."""
+    steps = {**bare, **{name: make() for name, make in ways.items()}}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    generator = random.Random(0)
+    for number in range(arguments.rounds + 3):
+        generator.shuffle(order)
+        for name in order:
+            begin = time.perf_counter_ns()
+            assert steps[name]() == OK
+            if number >= 3:  # the first ones warm up
+                times[name].append((time.perf_counter_ns() - begin) / 1e6)
+    return {
+        name: dict(zip(("p50", "p90"), map(float, np.quantile(taken, (0.5, 0.9))), strict=True))
+        for name, taken in times.items()
+    }
+
+
+def rally(
+    bare: Mapping[str, Callable[[], Step]],
+    ways: Mapping[str, Callable[[], Step]],
+    arguments: argparse.Namespace,
+) -> dict[str, dict[str, float]]:
+    """Return medians of images a second, each way for a slice of time in turn.
+
+    The artifact alone is run by as many callers as there are threads, the server asked by clients.
+    Ratios are within rounds, so of the same minute.
+    """
+    makers = {name: (make, arguments.threads) for name, make in bare.items()}
+    makers |= {name: (ways[name], arguments.clients) for name in ("binary", "jpeg")}
+    rates: dict[str, list[float]] = {name: [] for name in makers}
+    order = list(makers)
+    generator = random.Random(1)
+    for number in range(arguments.slices + 1):
+        generator.shuffle(order)
+        for name in order:
+            make, count = makers[name]
+            rate = flow([make() for _ in range(count)], arguments.slice_s)
+            if number:
+                rates[name].append(rate)
+    against = {"binary": "bare", "jpeg": "decode + bare"}
+    found: dict[str, dict[str, float]] = {}
+    for name, measured in rates.items():
+        base = rates[against.get(name, name)]
+        shares = [mine / theirs for mine, theirs in zip(measured, base, strict=True)]
+        found[name] = {
+            "median": statistics.median(measured),
+            "share_of_bare": statistics.median(shares),
+        }
+    return found
+
+
+def flow(crew: list[Step], seconds: float) -> float:
+    """Return how many steps a second a crew takes, all at work."""
+    ended = time.perf_counter() + seconds
+
+    def work(step: Step) -> int:
+        count = 0
+        while time.perf_counter() < ended:
+            assert step() == OK
+            count += 1
+        return count
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(len(crew)) as pool:
+        total = sum(pool.map(work, crew))
+    return total / (time.perf_counter() - begin)
+
+
+def overload(arguments: argparse.Namespace, inputs: Inputs) -> dict[str, float]:
+    """Return how soon a server of a short queue refuses, under many clients, in ms."""
+    refused: list[float] = []
+    answered = 0
+    with running(arguments, "--max-queue", "4", "--no-access-log") as server:
+        make = server.ways(inputs)["binary"]
+        ended = time.perf_counter() + 2 * arguments.slice_s
+
+        def insist(step: Step) -> int:
+            count = 0
+            while time.perf_counter() < ended:
+                begin = time.perf_counter()
+                if step() == OK:
+                    count += 1
+                else:
+                    refused.append((time.perf_counter() - begin) * 1e3)
+                    time.sleep(0.25)  # far sooner than Retry-After asks
+            return count
+
+        with ThreadPoolExecutor(4 * arguments.clients) as pool:
+            answered = sum(pool.map(insist, [make() for _ in range(4 * arguments.clients)]))
+    quantiles = np.quantile(refused, (0.5, 0.99, 1.0)) if refused else [float("nan")] * 3
+    names = ("refused_p50_ms", "refused_p99_ms", "refused_max_ms")
+    return {
+        "answered": answered,
+        "refused": len(refused),
+        **dict(zip(names, map(float, quantiles), strict=True)),
+    }
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print what was found, and what serving adds."""
+    p50 = {name: taken["p50"] for name, taken in result["latency_ms"].items()}
+    print(f"start to ready: {result['start_s']:.2f} s")
+    for name, taken in result["latency_ms"].items():
+        print(f"one client, {name:14} p50 {taken['p50']:7.2f} ms   p90 {taken['p90']:7.2f} ms")
+    print(f"binary adds {p50['binary'] - p50['bare']:.2f} ms")
+    print(f"a JPEG adds {p50['jpeg'] - p50['decode + bare']:.2f} ms beyond decoding")
+    for name, rate in result["images_per_s"].items():
+        share = rate["share_of_bare"]
+        print(f"many clients, {name:14} {rate['median']:7.1f} images/s   {share:.1%} of bare")
+    print("overload: " + ", ".join(f"{k} {v:.1f}" for k, v in result["overload"].items()))
+
+
+if __name__ == "__main__":
+    main()
