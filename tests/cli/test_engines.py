@@ -43,6 +43,7 @@ def test_an_engine_is_exported_with_its_graph_log_proof_and_census(cli, models, 
 def test_without_a_gpu_it_is_said_what_was_held_against_pytorch(cli, models):
     for precision in ("fp16", "bf16"):
         ran = export(cli, models, "--precision", precision, "--json")
+        assert ran.status == 0, ran.err
         assert ran.json["agreement"]["computed_by"] == "onnxruntime"
     assert not list((models / "coat_lite_toy" / "1").glob("emulated*"))
     assert "by onnxruntime, its graph" in export(cli, models, "--precision", "fp16").out
