@@ -138,7 +138,7 @@ class Front:
                     path=scope["path"],
                     status=status,
                     ms=round((time.perf_counter_ns() - begin) / 1e6, 3),
-                    bytes_in=headers.get(b"content-length", b"").decode("latin-1") or None,
+                    bytes_in=int(headers.get(b"content-length") or 0),
                     bytes_out=sent,
                 )
 

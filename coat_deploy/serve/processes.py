@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -78,6 +79,8 @@ def serve(options: ServeOptions, listen: ListenOptions, place: socket.socket, te
 def _process(options: ServeOptions, listen: ListenOptions, place: socket.socket) -> None:
     from coat_deploy.serve import server
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent says when to end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("coat_deploy.serve").setLevel(logging.INFO)
 
@@ -89,6 +92,14 @@ def _process(options: ServeOptions, listen: ListenOptions, place: socket.socket)
     except CoatDeployError as error:
         _log.error("%s", error)
         raise SystemExit(error.exit_status) from None
+
+
+def _end_with_parent() -> None:
+    """End as asked when the parent is gone, however it went: the port must not stay taken."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _end(started: Sequence[BaseProcess], listen: ListenOptions) -> None:

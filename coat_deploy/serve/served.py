@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from coat_deploy.backends.select import PRECISIONS, TARGETS
 from coat_deploy.errors import RepositoryError, SpecError, UsageError
 from coat_deploy.model import VERSION, ArtifactQuery, Model
 from coat_deploy.open import EAGER, Source, default_target, find_source
@@ -115,8 +116,9 @@ def find_served(model: Model, options: ServeOptions) -> Source:
         chosen = [a for a in model.artifacts if a.target == target and a.choice and not a.features]
         if precision is None and chosen:
             precision = chosen[-1].precision
-    if target == EAGER:  # nothing was exported
-        target = "onnxruntime"
+    if target == EAGER:  # nothing was exported; the target that could be is told how
+        known = {t: PRECISIONS[t] for t in TARGETS if t != EAGER}
+        target = next((t for t in known if precision in (None, *known[t])), next(iter(known)))
     return find_source(model, ArtifactQuery(target, precision))
 
 

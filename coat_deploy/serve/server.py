@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,10 @@ BACKLOG = 1024
 KEEP_ALIVE_S = 75
 LINGER_S = 0.2
 """How long requests that were on their way when the end began still find their connection."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_SIGNAL_S = 1.0
+"""A signal so soon after another is the same one, sent to a process and to its group."""
 
 Tell = Callable[[str], None]
 
@@ -79,6 +84,8 @@ def serve(options: ServeOptions, listen: ListenOptions, place: socket.socket, te
 
     `tell` hears what is ready. Raises: what keeps a model from being served.
     """
+    # What clients send that is no HTTP is theirs to know; it would fill the log.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     metrics = Metrics()
     service = InferenceService(options, [metrics])
     service.start(tell)
@@ -161,6 +168,7 @@ class Server(uvicorn.Server):
             )
         )
         self._service, self._listen = service, listen
+        self._ending_since = 0.0
 
     async def serve_on(self, place: socket.socket, tell: Callable[[], None]) -> None:
         """Serve until a signal; `tell` when connections are taken."""
@@ -190,7 +198,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Let a signal begin the end, and a second one hurry it; neither is an error."""
-        taken = {s: signal.signal(s, self._end) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+        taken = {s: signal.signal(s, self._end) for s in heard}
         try:
             yield
         finally:
@@ -198,8 +207,11 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        now = time.monotonic()
+        if not self.should_exit:
+            self.should_exit, self._ending_since = True, now
+        elif now - self._ending_since > SAME_SIGNAL_S:
+            self.force_exit = True
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

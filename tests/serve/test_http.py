@@ -69,7 +69,7 @@ def test_requests_are_logged_a_line_each(http, shared_service):
     log.close()
     first, second = map(json.loads, stream.getvalue().splitlines())
     assert (first["request_id"], first["method"], first["path"]) == ("one", "GET", READY)
-    assert (first["status"], second["status"], second["bytes_in"]) == (200, 404, "3")
+    assert (first["status"], second["status"], second["bytes_in"]) == (200, 404, 3)
     assert first["ms"] > 0 and second["path"] == "/models/no_such\n"
 
 

@@ -61,6 +61,11 @@ def test_a_precision_that_was_not_exported_is_told(serving):
         serving(names=("coat_toy",), precision="int8")
 
 
+def test_a_target_that_has_the_precision_is_told(serving):
+    with pytest.raises(RepositoryError, match="--target openvino --precision bf16"):
+        serving(names=("coat_toy",), precision="bf16")
+
+
 def test_eager_is_not_served(serving):
     with pytest.raises(UsageError, match="eager"):
         serving(names=("coat_toy",), target="eager")

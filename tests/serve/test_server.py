@@ -175,6 +175,19 @@ def test_several_processes_share_a_port_and_their_metrics(running, jpeg):
     assert status == 0 and "Traceback" not in said
 
 
+def test_processes_end_with_the_one_that_started_them(running):
+    server = running("--workers", "2", "--no-access-log")
+    server.process.kill()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            server.connect().close()
+        except ConnectionError:
+            return
+        assert time.monotonic() < deadline, "the port is still taken"
+        time.sleep(0.05)
+
+
 def test_more_processes_than_threads_are_refused(exported, running):
     with pytest.raises(AssertionError, match="each needs a thread"):
         running("--workers", "3")
