@@ -46,6 +46,11 @@ class Connection(HttpToolsProtocol):
 
     limits = Limits()
 
+    @property
+    def expecting(self) -> bool:
+        """Whether the head of a request is under way, or the first has not come yet."""
+        return self._in_head
+
     def connection_made(self, transport: Any) -> None:
         """Wait for the first request's head."""
         super().connection_made(transport)

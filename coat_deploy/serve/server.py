@@ -33,6 +33,8 @@ BACKLOG = 1024
 KEEP_ALIVE_S = 75
 LINGER_S = 0.2
 """How long requests that were on their way when the end began still find their connection."""
+FIRST_WORD_S = 2.0
+"""How long a connection that has just been made is given to say what it was made for."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_SIGNAL_S = 1.0
@@ -187,13 +189,21 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         ending = asyncio.create_task(self.rpc.stop(self._listen.drain_s)) if self.rpc else None
-        # What is already on a connection's way is read before idle connections are closed.
-        await asyncio.sleep(LINGER_S)
+        await self._hear_out()
         await super().shutdown(sockets)
         while ending and not ending.done():
             await asyncio.wait({ending}, timeout=0.1)
             if self.rpc and self.force_exit:
                 await self.rpc.stop(0)
+
+    async def _hear_out(self) -> None:
+        """Wait for requests that are on their way; idle connections are closed after it."""
+        await asyncio.sleep(LINGER_S)
+        until = time.monotonic() + FIRST_WORD_S
+        while time.monotonic() < until and not self.force_exit:
+            if not any(getattr(c, "expecting", False) for c in self.server_state.connections):
+                return
+            await asyncio.sleep(0.02)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -90,12 +90,23 @@ def test_what_is_computed_when_the_end_begins_is_answered(running):
     server = running("--no-access-log", "--max-batch", "512")
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(infer, server, 400) for _ in range(6)]
-        while json.loads(server.ask("GET", "/v2/models/stats")[1])["model_stats"][0][
-            "execution_count"
-        ] < 5:  # fmt: skip
+        while b"coat_in_flight_requests 7.0" not in server.ask("GET", "/metrics")[1]:
             time.sleep(0.005)
         server.process.terminate()
         assert [each.result()[0] for each in asked] == [200] * 6
+    assert server.process.wait(60) == 0
+
+
+def test_who_is_about_to_ask_when_the_end_begins_is_heard(running):
+    server = running("--no-access-log")
+    with server.connect() as asking, server.connect() as late:
+        asking.sendall(b"GET /v2/health/live HTTP/1.1\r\nhost: a\r\n")
+        server.process.terminate()
+        time.sleep(0.5)
+        asking.sendall(b"\r\n")
+        late.sendall(b"GET /v2/health/ready HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert received(asking).startswith(b"HTTP/1.1 200")
+        assert received(late).startswith(b"HTTP/1.1 503")  # alive, and not ready
     assert server.process.wait(60) == 0
 
 
