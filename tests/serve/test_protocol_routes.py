@@ -300,8 +300,8 @@ def test_bytes_with_lengths_that_lie(client):
         ("br", b"x", 415, "is not read (expected gzip or deflate)"),
         ("gzip", b"rubbish", 400, "is not gzip"),
         ("deflate", b"\x78rubbish", 400, "is not deflate"),
-        ("gzip", gzip.compress(b"{}")[:-2], 400, "is cut short"),
-        ("gzip", gzip.compress(b"{}") + b"more", 400, "goes on behind its end"),
+        ("gzip", gzip.compress(b"{}", mtime=0)[:-2], 400, "is cut short"),
+        ("gzip", gzip.compress(b"{}", mtime=0) + b"more", 400, "goes on behind its end"),
     ],
 )
 def test_packed_bodies_that_are_none(client, encoding, content, status, words):
