@@ -37,6 +37,7 @@ HEAVY = {
         "study/",
         "gpu_report/",
     },
+    "triton": {"network/fused/kernels.py"},
     "onnxruntime": {"backends/onnxruntime"},
     "openvino": {"backends/openvino.py", "backends/openvino_compile.py"},
     "tensorrt": set(),

@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -116,6 +117,48 @@ def test_compile_goes_through_torch_compile(model, runner, pixels, monkeypatch) 
         assert np.array_equal(compiled.bind(x)().numpy(), got)
     assert len(seen) == 1
     assert np.abs(got - runner.run(x)["logits"]).max() < 1e-5
+
+
+def test_fused_computes_the_same(model, runner, pixels, distance) -> None:
+    x = pixels(3, (75, 50))
+    with eager.load(model.path, LoadOptions(fused=True, taps=TAPS)) as fused:
+        got, bound = fused.run(x), fused.bind(x)()
+    with eager.load(model.path, LoadOptions(taps=TAPS)) as plain:
+        expected = plain.run(x)
+    assert max(distance(got[name], expected[name]) for name in expected) < 1e-5
+    assert np.array_equal(bound.numpy(), got["logits"])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["amp", "fused"])
+@pytest.mark.parametrize(("precision", "bar"), [("fp16", 0.02), ("bf16", 0.1)])
+def test_low_precisions_compute_nearly_the_same(
+    model, runner, pixels, distance, fused, precision, bar
+) -> None:
+    x = pixels(3)
+    options = LoadOptions(precision=precision, fused=fused, taps=TAPS)
+    with eager.load(model.path, options) as low:
+        got, bound = low.run(x), low.bind(x)()
+    assert 0 < distance(got["logits"], runner.run(x)["logits"]) < bar
+    assert all(got[tap].dtype == np.float32 for tap in TAPS)
+    assert str(bound.dtype) == {"fp16": "torch.float16", "bf16": "torch.bfloat16"}[precision]
+
+
+def test_fused_without_triton_is_a_missing_backend(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendMissing, match="pip install triton"):
+        eager.load(tmp_path, LoadOptions(fused=True, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("precision", "bar"), [("fp32", 1e-4), ("fp16", 0.02), ("bf16", 0.1)])
+def test_a_gpu_computes_fused_the_same(nano, pixels, distance, precision, bar, compiled) -> None:
+    x = pixels(80, (64, 64))
+    options = LoadOptions(precision=precision, fused=True, compile=compiled, device="cuda")
+    with eager.load(nano.path, options) as fused:
+        assert distance(fused.run(x)["logits"], nano.expected(x)["logits"]) < bar
 
 
 @pytest.mark.parametrize(

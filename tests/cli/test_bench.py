@@ -6,6 +6,7 @@ import pytest
 from coat_deploy.cli.contenders import Entry
 from coat_deploy.errors import UsageError
 from coat_deploy.model import Model
+from coat_deploy.runner import LoadOptions
 
 pytestmark = pytest.mark.usefixtures("brief")
 
@@ -120,6 +121,8 @@ def test_weights_that_are_nowhere_are_asked_for(cli, bare):
     [
         ("eager", ("eager", "fp32", None)),
         ("eager:compile", ("eager", "fp32", "compile")),
+        ("eager:bf16", ("eager", "bf16", None)),
+        ("eager:fused+compile:fp16", ("eager", "fp16", "fused+compile")),
         ("openvino:bf16:traced", ("openvino", "bf16", "traced")),
         ("openvino:traced:bf16", ("openvino", "bf16", "traced")),
     ],
@@ -127,6 +130,39 @@ def test_weights_that_are_nowhere_are_asked_for(cli, bare):
 def test_an_entry_names_target_precision_and_form_in_any_order(text, entry):
     found = Entry.parse(text)
     assert (found.target, found.precision, found.form) == entry
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("eager", LoadOptions()),
+        ("eager:compile", LoadOptions(compile=True)),
+        ("eager:fused", LoadOptions(fused=True, device="cuda")),
+        ("eager:bf16", LoadOptions(precision="bf16", device="cuda")),
+        (
+            "eager:fp16:fused+compile",
+            LoadOptions(precision="fp16", fused=True, compile=True, device="cuda"),
+        ),
+        ("openvino:bf16", LoadOptions()),
+    ],
+)
+def test_what_pytorch_does_only_on_a_gpu_is_done_there(text, options):
+    assert Entry.parse(text).options == options
+
+
+def test_fused_without_a_gpu_fails_its_contender_alone(cli, models):
+    from torch.cuda import is_available
+
+    if is_available():
+        pytest.skip("here is a GPU")
+    words = ("--targets", "eager,eager:fp16:fused", "--json")
+    ran = cli("bench", "coat_lite_toy", "--models", models, *words, *QUICK)
+    assert ran.status == 1
+    (failure,) = ran.json["failures"]
+    assert (failure["name"], failure["precision"], failure["form"]) == (
+        "eager:fp16:fused", "fp16", "fused",
+    )  # fmt: skip
+    assert "finds no NVIDIA GPU" in failure["error"]
 
 
 def test_an_entry_has_one_precision():

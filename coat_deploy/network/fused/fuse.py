@@ -31,6 +31,7 @@ def fuse(network: CoaT, *, feed_forward: bool = True) -> CoaT:
         for i, block in enumerate(blocks):
             blocks[i] = FusedSerialBlock(block, position, windows, feed_forward)
         setattr(network, f"cpe{s}", position)
+        setattr(network, f"crpe{s}", windows)
         if network.variant.parallel_depth and s > 1:
             for block in network.parallel_blocks:
                 _fuse_attention(block, s, windows)

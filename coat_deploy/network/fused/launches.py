@@ -66,15 +66,16 @@ def conv_attention(
 
 
 def context(qkv: Tensor, num_heads: int, precision: str, wrap: Wrap) -> tuple[Tensor, Tensor, int]:
-    """Return contexts (B, splits, C, c), statistics (B, splits, 2, C), and in how many splits."""
+    """Return contexts (B, splits, C, c) and statistics (B, splits, 2, C), flat, and the splits."""
     batch, tokens, wide = qkv.shape
     channels = wide // 3
     head = channels // num_heads
     together = plan.heads_together(head, [num_heads])
     groups = plan.num_groups(together, [num_heads])
     splits, chunk = split_tokens(batch * groups, tokens)
-    contexts = qkv.new_empty((batch, splits, channels, head), dtype=torch.float32)
-    statistics = qkv.new_empty((batch, splits, 2, channels), dtype=torch.float32)
+    # Flat: strides of a dimension that may be 1 would bind a captured graph to its number.
+    contexts = qkv.new_empty(batch * splits * channels * head, dtype=torch.float32)
+    statistics = qkv.new_empty(batch * splits * 2 * channels, dtype=torch.float32)
     wrap(kernels.context_kernel)[(groups, splits, batch)](
         qkv, contexts, statistics, tokens, chunk, splits,
         CHANNELS=channels, HEAD=head, GROUP_HEADS=together, LANES=plan.lanes(together, head),

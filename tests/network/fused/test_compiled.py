@@ -3,13 +3,14 @@
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from coat_deploy.network.fused import fuse
 from coat_deploy.network.variants import VARIANTS, Variant
@@ -53,6 +54,13 @@ def compile_for_sm90(kernel: Any, arguments: tuple[Any, ...], constants: dict[st
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
 @pytest.fixture
@@ -138,3 +146,21 @@ def test_one_image_is_shared_by_many_programs() -> None:
         for tokens in (2, 50, 129, 785, 3137, 9217):
             splits, chunk = launches.split_tokens(programs, tokens)
             assert splits * chunk >= tokens and chunk % launches.BLOCK == 0
+
+
+def test_kernels_are_captured_for_any_number_of_images() -> None:
+    """What compilers take: two kernels, whose chunks follow from a batch that is not known."""
+
+    def attend(qkv: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        size = (28, 28)
+        return launches.conv_attention(qkv, taps, bias, 8, WINDOWS, size, torch.library.wrap_triton)
+
+    inputs = (torch.randn(6, 785, 3 * 64), torch.randn(49, 64), torch.randn(64))
+    graph = make_fx(attend, tracing_mode="symbolic")(*inputs)
+    kernels = [node for node in graph.graph.nodes if "triton_kernel" in str(node.target)]
+    grids = [node.kwargs["grid"][0] for node in kernels]
+    assert [grid[0] for grid in grids] == [1, 5]
+    assert not isinstance(grids[0][1], int) and not isinstance(grids[0][2], int)
+    guards = [str(guard.expr) for guard in graph.shape_env.guards]
+    # Min is the number of chunks, which is 1 for many images: no graph may rule that out.
+    assert not [g for g in guards if g.startswith(("Eq(Min", "Ne(Min")) and g.endswith(", 1)")]
