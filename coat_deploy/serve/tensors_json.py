@@ -21,6 +21,8 @@ from coat_deploy.serve.requests import BYTES, DATATYPES, RequestedOutput, Tensor
 
 MAX_TENSORS = 16
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 1 << 40
+"""More than any body holds; beyond, numpy knows no shapes, not even of nothing."""
 MAX_NAME = 256
 _NUMBERS = "iuf"
 
@@ -34,6 +36,11 @@ class TensorHead:
     shape: tuple[int, ...]
     parameters: Mapping[str, Any]
     data: Any
+
+    def __post_init__(self) -> None:
+        # A length of 0 hides what the others come to.
+        if math.prod(max(1, length) for length in self.shape) > MAX_ELEMENTS:
+            raise RequestError(f"input '{self.name}': no pixels are of so large a shape.")
 
     @property
     def elements(self) -> int:

@@ -4,7 +4,6 @@ Data of inputs is in `raw_input_contents`, or typed in each input's `contents`; 
 the form of the request's.
 """
 
-import math
 import time
 from typing import Any
 
@@ -30,8 +29,6 @@ from coat_deploy.serve.tensors_json import MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS
 
 CONTENTS = {FP32: "fp32_contents", BYTES: "bytes_contents"}
 """Where typed data of a datatype is; others are taken as raw contents alone."""
-_MOST_ELEMENTS = 1 << 40
-"""More than any message holds; beyond, numpy knows no shapes, even of nothing."""
 _SHARED_MEMORY = "shared_memory_region"
 
 
@@ -116,8 +113,6 @@ def _head(item: Any) -> TensorHead:
             f"input '{name}': 'shape' must be {MAX_DIMENSIONS} whole numbers at most, none below 0 "
             f"(got {list(item.shape[:MAX_DIMENSIONS])})."
         )
-    if math.prod(max(1, length) for length in item.shape) > _MOST_ELEMENTS:
-        raise RequestError(f"input '{name}': no pixels are of so large a shape.")
     _refuse_shared_memory(item, f"input '{name}'")
     return TensorHead(name, item.datatype, tuple(item.shape), {}, None)
 
