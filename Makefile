@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A file's tests stay together: they share what they made.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 SOURCES := coat_deploy tests examples docs cli.py
 
 .PHONY: demo test test-fast test-triton check format docs clean
@@ -13,10 +15,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-triton: $(VENV)/.dev .venv-triton/.made
 	$(BIN)/python -m pytest tests/triton
