@@ -9,6 +9,7 @@ client is gone, is dropped before it is computed.
 """
 
 import asyncio
+import functools
 import logging
 import math
 import threading
@@ -167,7 +168,7 @@ class Batcher:
             late.cancel()
             if outcome:
                 self._drop(lane, job)
-            _tell_finished(lane, job, outcome)
+            loop.call_soon(_tell_finished, lane, job, outcome, time.perf_counter_ns())
 
     def _submit(self, lane: Lane, job: Job) -> None:
         with self._changed:
@@ -254,48 +255,49 @@ class Batcher:
 
     def _compute(self, batch: Batch) -> None:
         """Run a batch, and answer whom it answers."""
-        begin = time.perf_counter_ns()
+        lane, begin = batch.lane, time.perf_counter_ns()
         parts, pixels = _gather(batch.parts)
+        if pixels is None:
+            self._leave(lane, None, time.perf_counter_ns() - begin)
+            return
         ready = time.perf_counter_ns()
-        images = sum(part.count for part in parts)
-        execution, error, outputs = None, None, None
-        if pixels is not None:
-            try:
-                with batch.lane.turn:
-                    outputs = batch.runner.run(pixels)
-            except Exception as reason:
-                error = _explained(batch.lane, reason)
-            computed = time.perf_counter_ns()
-            self._answer(batch.lane, parts, outputs, error, (ready - begin, computed - ready))
-            end = time.perf_counter_ns()
-            execution = Execution(images, ready - begin, computed - ready, end - computed)
-        self._leave(batch.lane, execution, time.perf_counter_ns() - begin)
+        outputs: Outputs | RequestError
+        try:
+            with lane.turn:
+                outputs = batch.runner.run(pixels)
+        except Exception as error:
+            outputs = _explained(lane, error)
+        computed = time.perf_counter_ns()
+        answers = self._divide(parts, outputs, (ready - begin, computed - ready))
+        end = time.perf_counter_ns()
+        execution = Execution(len(pixels), ready - begin, computed - ready, end - computed)
+        self._leave(lane, execution, end - begin)
+        # The event loop counts, once it has answered: until then this thread is in its way.
+        tell = functools.partial(_tell_executed, lane, execution)
+        for job, answer in answers[:-1]:
+            job.settle(answer)
+        job, last = answers[-1] if answers else (parts[0].job, None)
+        job.settle(last, tell)
 
-    def _answer(
-        self,
-        lane: Lane,
-        parts: Sequence[Part],
-        outputs: Outputs | None,
-        error: RequestError | None,
-        times_ns: tuple[int, int],
-    ) -> None:
-        first = 0
+    def _divide(
+        self, parts: Sequence[Part], outputs: Outputs | RequestError, times_ns: tuple[int, int]
+    ) -> list[tuple[Job, Outputs | RequestError]]:
+        """Return the jobs that are complete, or have failed, with their answers."""
+        if isinstance(outputs, RequestError):
+            return [(part.job, outputs) for part in parts]
+        complete, first = [], 0
         for part in parts:
-            job = part.job
-            if outputs is None:
-                job.settle(error or RequestError("nothing was computed.", "internal"))
-                continue
-            whole = len(parts) == 1
-            mine = outputs if whole else {
-                name: value[first : first + part.count] for name, value in outputs.items()
-            }  # fmt: skip
+            mine = outputs
+            if len(parts) > 1:
+                ends = slice(first, first + part.count)
+                mine = {name: value[ends] for name, value in outputs.items()}
             first += part.count
             with self._changed:
-                job.input_ns += times_ns[0]
-                job.infer_ns += times_ns[1]
-                complete = job.add(part.start, part.count, mine)
-            if complete:
-                job.settle(job.outputs())
+                part.job.input_ns += times_ns[0]
+                part.job.infer_ns += times_ns[1]
+                if part.job.add(part.start, part.count, mine):
+                    complete.append(part.job)
+        return [(job, job.outputs()) for job in complete]
 
     def _leave(self, lane: Lane, execution: Execution | None, spent_ns: int) -> None:
         with self._changed:
@@ -308,9 +310,6 @@ class Batcher:
             gone = self._remove_if_done(lane)
         if gone:
             lane.levels.close()
-        if execution:
-            for listener in lane.listeners:
-                listener.executed(lane.name, execution)
 
     def _remove_if_done(self, lane: Lane) -> bool:
         if not (lane.retired and lane.idle and lane in self._lanes):
@@ -346,8 +345,12 @@ def _explained(lane: Lane, error: Exception) -> RequestError:
     )
 
 
-def _tell_finished(lane: Lane, job: Job, kind: str | None) -> None:
-    now = time.perf_counter_ns()
+def _tell_executed(lane: Lane, execution: Execution) -> None:
+    for listener in lane.listeners:
+        listener.executed(lane.name, execution)
+
+
+def _tell_finished(lane: Lane, job: Job, kind: str | None, now: int) -> None:
     total = now - job.queued_at
     begun = job.begun_at - job.queued_at if job.begun_at else total
     rest = max(0, total - begun - job.input_ns - job.infer_ns) if job.begun_at else 0

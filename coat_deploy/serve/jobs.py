@@ -84,10 +84,15 @@ class Job:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def settle(self, result: Outputs | BaseException) -> None:
-        """Hand the answer, or why there is none, to the event loop; from any thread."""
+    def settle(
+        self, result: Outputs | BaseException | None, then: Callable[[], object] | None = None
+    ) -> None:
+        """Hand the answer, or why there is none, to the event loop; from any thread.
+
+        The loop calls `then` when whoever waits has gone on. None is no answer yet.
+        """
         try:
-            self.answer.get_loop().call_soon_threadsafe(self._settle, result)
+            self.answer.get_loop().call_soon_threadsafe(self._settle, result, then)
         except RuntimeError:  # the loop is closed, and nobody waits any more
             return
 
@@ -96,10 +101,13 @@ class Job:
         message = "the request was not computed in time. Try again later, or give it more time."
         self._settle(RequestError(message, "deadline"))
 
-    def _settle(self, result: Outputs | BaseException) -> None:
-        if self.answer.done():
-            return
-        if isinstance(result, BaseException):
-            self.answer.set_exception(result)
-        else:
-            self.answer.set_result(result)
+    def _settle(
+        self, result: Outputs | BaseException | None, then: Callable[[], object] | None = None
+    ) -> None:
+        if result is not None and not self.answer.done():
+            if isinstance(result, BaseException):
+                self.answer.set_exception(result)
+            else:
+                self.answer.set_result(result)
+        if then:
+            self.answer.get_loop().call_soon(then)
