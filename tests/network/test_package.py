@@ -11,7 +11,7 @@ from coat_deploy.network.package import compile_package
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # PyTorch's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # PyTorch's own
 def test_a_fused_network_is_packed_and_runs_without_its_code(randomise, tmp_path) -> None:
     network = create_network("coat_toy", num_classes=10)
     randomise(network)

@@ -51,6 +51,7 @@ def called(network: torch.nn.Module, pixels: torch.Tensor) -> list[str]:
     return [name.split(".")[1] for name in names if name.startswith("coat.")]
 
 
+@pytest.mark.slow
 def test_every_block_calls_the_operators(pixels, monkeypatch) -> None:
     monkeypatch.setattr(fusing, "FFN_TOKENS", 1)
     names = called(fuse(create_network("coat_toy", 10)), pixels)
@@ -91,6 +92,7 @@ def test_a_lowered_network_keeps_its_windows_and_agrees(randomise, pixels, dtype
     assert (got - expected).norm() / expected.norm() < (0.01 if dtype == torch.float16 else 0.08)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_a_fused_network(randomise, pixels) -> None:
     network = create_network("coat_lite_toy", 10).eval()
     randomise(network)
