@@ -13,7 +13,7 @@ from coat_deploy.network.package import compile_package
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # PyTorch's own
 def test_a_fused_network_is_packed_and_runs_without_its_code(randomise, tmp_path) -> None:
-    network = create_network("coat_toy", num_classes=10)
+    network = create_network("coat_lite_toy", num_classes=10)
     randomise(network)
     fused = fuse(copy.deepcopy(network), feed_forward=False)
     compile_package(fused, (64, 64), tmp_path / "toy.pt2")
