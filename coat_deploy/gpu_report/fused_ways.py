@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 
 from coat_deploy.gpu_report.networks import in_torch
-from coat_deploy.gpu_report.torch_ways import TorchOpened, dtype_of, no_torch
+from coat_deploy.gpu_report.torch_ways import TorchOpened, dtype_of, no_compiler, no_torch
 from coat_deploy.gpu_report.way import Opened, Place, Way
 
 MODULE = "coat_deploy.network.fused.fuse"
@@ -28,6 +28,11 @@ def no_fused(device: str) -> str | None:
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+def no_compiled_fused(device: str) -> str | None:
+    """Return why what is around the kernels cannot be compiled, or None."""
+    return no_fused(device) or no_compiler(device)
 
 
 def open_fused(mode: str, precision: str, variant: str, place: Place) -> Opened:
@@ -54,7 +59,7 @@ def fused_ways() -> list[Way]:
             compiled = functools.partial(open_fused, "reduce-overhead", precision)
             ways.append(
                 Way(
-                    f"fused, compiled {precision}", precision, compiled, no_fused,
+                    f"fused, compiled {precision}", precision, compiled, no_compiled_fused,
                     checked=False, least_s=30.0, most_s=90.0,
                 )
             )  # fmt: skip
