@@ -2,10 +2,10 @@
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from coat_deploy.errors import RequestError
 from coat_deploy.serve.options import Limits
@@ -72,8 +72,7 @@ async def read_body(request: Request, limits: Limits, share: Share) -> memoryvie
     parts: list[bytes] = []
     try:
         async with asyncio.timeout(limits.deadline_s):
-            async for part in _parts(request, limits, share):
-                parts.append(part)
+            await _receive(request, limits, share, parts)
     except TimeoutError:
         raise RequestError(
             f"the body did not come in {limits.deadline_s:g} s (got {sum(map(len, parts))} bytes). "
@@ -94,19 +93,20 @@ def check_length(request: Request, limits: Limits) -> None:
         raise _too_large(length, limits)
 
 
-async def _parts(request: Request, limits: Limits, share: Share) -> AsyncIterator[bytes]:
-    length = 0
-    try:
-        async for part in request.stream():
-            if not part:  # the end
-                continue
+async def _receive(request: Request, limits: Limits, share: Share, parts: list[bytes]) -> None:
+    """Append the parts of a body as they come, to its end."""
+    length, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError("the client is gone.", "cancelled")
+        if part := message.get("body", b""):
             length += len(part)
             if length > limits.body_bytes:
                 raise _too_large(f"more than {limits.body_bytes}", limits)
             share.add(len(part))
-            yield part
-    except ClientDisconnect:
-        raise RequestError("the client is gone.", "cancelled") from None
+            parts.append(part)
+        more = message.get("more_body", False)
 
 
 async def _unpacked(packed: bytes, encoding: str, limits: Limits, share: Share) -> bytes:

@@ -9,11 +9,10 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coat_deploy.errors import RequestError
@@ -59,9 +58,9 @@ def build_app(
         Route("/metrics", show_metrics, methods=["GET"]),
     ]
     guarded = [Route(r.path, _Answering(r.endpoint), methods=r.methods) for r in routes]
-    app = Starlette(routes=guarded, exception_handlers={HTTPException: _plain_error})
-    app.router.redirect_slashes = False
-    return traced(Front(app, service, Door(token), metrics, log))
+    # Starlette's own layers around a router would only repeat what ours do.
+    router = Router(guarded, redirect_slashes=False)
+    return traced(Front(router, service, Door(token), metrics, log))
 
 
 class _Answering:
@@ -82,9 +81,8 @@ class _Answering:
         await reply(scope, receive, send)
 
 
-async def _plain_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = _PLAIN.get(error.status_code, f"{request.method}: {error.detail} for this route.")
+def _plain_error(scope: Scope, error: HTTPException) -> Response:
+    message = _PLAIN.get(error.status_code, f"{scope['method']}: {error.detail} for this route.")
     reply = json_reply({"error": message}, error.status_code)
     reply.headers.update(error.headers or {})
     return reply
@@ -152,7 +150,11 @@ class Front:
         except RequestError as error:
             await error_reply(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        scope["app"] = self._app  # then a router raises what it does not find
+        try:
+            await self._app(scope, receive, send)
+        except HTTPException as error:
+            await _plain_error(scope, error)(scope, receive, send)
 
 
 def _request_id(shown: bytes | None) -> bytes:

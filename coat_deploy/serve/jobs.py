@@ -66,7 +66,8 @@ class Job:
         pixels = self.work.pixels
         if isinstance(pixels, np.ndarray):
             return pixels if count == len(pixels) else pixels[start : start + count]
-        return np.stack([make() for make in pixels[start : start + count]])
+        made = [make() for make in pixels[start : start + count]]
+        return made[0][np.newaxis] if count == 1 else np.stack(made)
 
     def add(self, start: int, count: int, outputs: Outputs) -> bool:
         """Keep the outputs of some images; return whether those were the last.
