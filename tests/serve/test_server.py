@@ -1,6 +1,7 @@
 """The server as a process: its sockets, its signals, and clients that misbehave."""
 
 import json
+import re
 import socket
 import ssl
 import subprocess
@@ -86,14 +87,23 @@ def test_every_accepted_request_is_answered_through_sigterm(running):
     assert len(answers) >= 8 and set(answers) == {b"HTTP/1.1 200"}
 
 
+def under_way(server):
+    """How many requests the server is answering, this one among them."""
+    text = server.ask("GET", "/metrics")[1].decode()
+    return int(float(re.search(r"^coat_in_flight_requests (.*)$", text, re.MULTILINE)[1]))
+
+
 def test_what_is_computed_when_the_end_begins_is_answered(running):
     server = running("--no-access-log", "--max-batch", "512")
-    with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(infer, server, 400) for _ in range(6)]
-        while b"coat_in_flight_requests 7.0" not in server.ask("GET", "/metrics")[1]:
-            time.sleep(0.005)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(20):
+            asked = [pool.submit(infer, server, 500) for _ in range(3)]
+            while (found := under_way(server)) < 4 and not all(each.done() for each in asked):
+                time.sleep(0.005)
+            if found == 4:
+                break
         server.process.terminate()
-        assert [each.result()[0] for each in asked] == [200] * 6
+        assert [each.result()[0] for each in asked] == [200] * 3
     assert server.process.wait(60) == 0
 
 
@@ -152,7 +162,7 @@ def test_clients_that_go_leave_nothing_behind(running):
     status, _, _ = infer(server)
     assert status == 200
     deadline = time.monotonic() + 30
-    while "coat_in_flight_requests 1.0" not in server.ask("GET", "/metrics")[1].decode():
+    while under_way(server) > 1:
         assert time.monotonic() < deadline, "requests of clients that are gone are kept"
         time.sleep(0.05)
 
