@@ -55,7 +55,7 @@ class Connection(HttpToolsProtocol):
         """Wait for the first request's head."""
         super().connection_made(transport)
         self._head_bytes = 0
-        self._in_head = True
+        self._in_head, self._refused = True, False
         self._late = self.loop.call_later(self.limits.header_s, self._too_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -65,6 +65,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, unless it is too much of a head."""
+        if self._refused:
+            return
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -103,12 +105,20 @@ class Connection(HttpToolsProtocol):
             self._refuse("408 Request Timeout", "the head of the request did not come in time.")
 
     def _refuse(self, status: str, message: str) -> None:
+        """Answer what cannot be read, behind the answer that a whole request before it is owed."""
+        self._refused = True
+        cycle = self.cycle
         if self.transport.is_closing():
             return
+        if cycle is not None and not cycle.response_complete:
+            if not cycle.more_body or cycle.response_started:
+                cycle.keep_alive = False
+                return
+            cycle.disconnected = True  # its body will never be whole
+            cycle.message_event.set()
         content = json_bytes({"error": message})
-        if self.cycle is None or self.cycle.response_complete:  # else an answer is under way
-            head = _HEAD.format(status=status, length=len(content))
-            self.transport.write(head.encode() + content)
+        head = _HEAD.format(status=status, length=len(content))
+        self.transport.write(head.encode() + content)
         self.transport.close()
 
 

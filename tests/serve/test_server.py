@@ -185,6 +185,25 @@ def test_what_is_no_http_is_told_in_json(running, sent, status):
     assert server.ask("GET", "/v2/health/live")[0] == 200
 
 
+def test_what_follows_a_whole_request_does_not_cost_its_answer(running, jpeg):
+    server = running()
+    head = f"POST /models/{NAME} HTTP/1.1\r\nhost: a\r\ncontent-length: {len(jpeg)}\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(head.encode() + jpeg + b"rubbish\r\n\r\n")
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_body_in_broken_chunks_is_told(running):
+    server = running()
+    head = f"POST /models/{NAME} HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(head.encode() + b"3\r\nabc\r\nrubbish\r\n")
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
+    assert under_way(server) == 1
+
+
 def test_several_processes_share_a_port_and_their_metrics(running, jpeg):
     server = running("--workers", "2", "--no-access-log")
     with ThreadPoolExecutor(8) as pool:
