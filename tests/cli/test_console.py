@@ -44,6 +44,8 @@ def test_help_names_every_command(cli):
 def test_examples_use_options_that_exist(command, cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     for line in door.EXAMPLES[command].split("\n"):
+        if line.split()[1:2] == ["curl"]:  # another's options
+            continue
         used = re.findall(r"--[a-z-]+", line)
         named = line.split()[2:3]
         help = cli(*named, "--help").out if used else ""
