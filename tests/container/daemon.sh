@@ -55,4 +55,4 @@ if ! docker image inspect "$base" >/dev/null 2>&1; then
   rm -rf base base.tar
 fi
 tell "ready"
-echo "export DOCKER_HOST='$DOCKER_HOST' PATH='$PATH'"
+echo "export DOCKER_HOST='$DOCKER_HOST' PATH='$folder/root/usr/sbin:$folder/root/usr/bin':\"\$PATH\""

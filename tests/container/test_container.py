@@ -4,19 +4,21 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from coat_deploy.images import normalise
 from coat_deploy.measure.proof import probe_images
 from coat_deploy.model import ArtifactQuery, Model
 from coat_deploy.open import find_source, open_source
-from coat_deploy.runner import LoadOptions
+from coat_deploy.runner import LoadOptions, Pixels
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "coat-deploy:test"
@@ -52,16 +54,15 @@ def image() -> str:
 
 
 @contextlib.contextmanager
-def serving(image: str, models: Path, *options: str) -> Iterator[tuple[str, str]]:
-    """Run the image on a folder of models; yield the container's id and its address."""
-    container = docker(
-        "run", "--detach", *HARDENED, "--publish", "127.0.0.1::8000",
-        "--volume", f"{models}:/models:ro", *options, image,
-    )  # fmt: skip
+def serving(
+    image: str, models: Path, options: Sequence[str], command: Sequence[str] = ()
+) -> Iterator[str]:
+    """Run the image on a folder of models; yield the container's id when it is healthy."""
+    mounted = ("--volume", f"{models}:/models:ro")
+    container = docker("run", "--detach", *HARDENED, *mounted, *options, image, *command)
     try:
-        address = docker("port", container, "8000").splitlines()[0]
         wait_healthy(container)
-        yield container, address
+        yield container
     finally:
         docker("rm", "--force", container)
 
@@ -76,6 +77,11 @@ def wait_healthy(container: str, seconds: float = 60) -> None:
             break
         time.sleep(0.2)
     pytest.fail(f"not healthy: {docker('logs', container)[-2000:]}")
+
+
+def pixels_of(model: Model, count: int) -> Pixels:
+    how = model.spec.preprocess
+    return normalise(probe_images(how.input_size, count), how.mean, how.std)
 
 
 def test_it_is_small_and_holds_no_pytorch(image) -> None:
@@ -93,23 +99,23 @@ def test_it_runs_as_nobody_special(image) -> None:
 def test_it_serves_read_only_and_answers_as_the_artifact_does(image, toy_models) -> None:
     client = pytest.importorskip("tritonclient.http")
     model = Model(toy_models / "coat_lite_toy")
-    pixels = np.stack([probe_images(model.spec.preprocess, 1)[0]] * 2)
+    pixels = pixels_of(model, 2)
     with open_source(find_source(model, ArtifactQuery("onnxruntime")), LoadOptions()) as runner:
         expected = runner.run(pixels)["logits"]
     wanted = client.InferInput("pixels", list(pixels.shape), "FP32")
     wanted.set_data_from_numpy(pixels)
-    with (
-        serving(image, toy_models) as (_, address),
-        client.InferenceServerClient(address) as server,
-    ):
+    with serving(image, toy_models, ("--publish", "127.0.0.1::8000")) as container:
+        address = docker("port", container, "8000").splitlines()[0]
+        server = client.InferenceServerClient(address)
         answer = server.infer(model.name, [wanted]).as_numpy("logits")
+        server.close()
     np.testing.assert_allclose(answer, expected, atol=1e-4)
 
 
 def test_stopped_it_answers_what_it_took(image, toy_models) -> None:
     client = pytest.importorskip("tritonclient.http")
     model = Model(toy_models / "coat_lite_toy")
-    pixels = probe_images(model.spec.preprocess, 1)
+    pixels = pixels_of(model, 1)
 
     def ask(address: str) -> str:
         with client.InferenceServerClient(address) as server:
@@ -120,7 +126,17 @@ def test_stopped_it_answers_what_it_took(image, toy_models) -> None:
             except Exception as error:  # refused, not dropped: the connection says so at once
                 return type(error).__name__
 
-    with serving(image, toy_models) as (container, address), ThreadPoolExecutor(8) as pool:
+    # On the host's own network: Docker's proxy would take connections for a server that is gone.
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    address, health = f"127.0.0.1:{port}", f"http://127.0.0.1:{port}/v2/health/ready"
+    options = ("--network", "host", "--env", f"COAT_HEALTH={health}")
+    command = ("serve", "--port", str(port), "--grpc-port", "0")
+    with (
+        serving(image, toy_models, options, command) as container,
+        ThreadPoolExecutor(8) as pool,
+    ):
         asked = [pool.submit(ask, address) for _ in range(NUM_REQUESTS)]
         while not any(one.done() for one in asked):
             time.sleep(0.01)
