@@ -33,6 +33,8 @@ PAGES = sorted(
 )
 COMMANDS = [
     *console_lines("README.md"),
+    *console_lines("docs/serving.md"),
+    *console_lines("docs/elsewhere.md"),
     *inline_commands("README.md"),
     *inline_commands("models/README.md"),
 ]
@@ -40,7 +42,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_in_a_page_is_one_the_program_takes(line):
-    name, *arguments = shlex.split(line)[1:]
+    name, *arguments = shlex.split(line.partition(" | ")[0])[1:]
     group = typer.main.get_command(app)
     command = group.commands[name]
     command.make_context(name, arguments)  # parses, and raises for what does not exist
