@@ -46,7 +46,7 @@ def make_spec(name: str) -> ModelSpec:
 
 
 def batches(size: Size, large: bool = False) -> Iterator[Batch]:
-    """Two images together, and but for a large network one alone: photographs, if there are some."""
+    """Two images together, and one alone of small networks: photographs, if there are some."""
     how = Preprocess(size)
     files = sorted(PHOTOGRAPHS.rglob("*.jpg"))[::200][:3]
     if files:
