@@ -85,17 +85,7 @@ class Opener:
             from coat_deploy.graph.taps import expose
 
             source = expose(self.path, self.taps)
-        try:
-            return onnxruntime.InferenceSession(
-                source, settings, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's classes are private and share no base
-            reason = str(error).splitlines()[0]
-            if type(error).__name__ in _CORRUPT:
-                raise CorruptArtifact(
-                    f"{self.path}: not a whole ONNX model (onnxruntime: {reason}). Export it again."
-                ) from error
-            raise RunnerError(f"{self.path}: onnxruntime does not load it ({reason}).") from error
+        return open_session(self.path, source, settings, ["CPUExecutionProvider"])
 
 
 def open_session(path: Path, source: str | bytes, settings: Any, providers: Sequence[Any]) -> Any:

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 from PIL import Image
 
@@ -43,6 +44,7 @@ from coat_deploy.model import ArtifactQuery, Model
 from coat_deploy.open import Source, default_target, find_source, open_source
 from coat_deploy.repository import Repository
 from coat_deploy.runner import LoadOptions, Pixels
+from coat_deploy.serve.rpc.messages import InferRequestMessage
 
 PHOTO = (375, 500)
 JPEG_QUALITY = 90
@@ -99,6 +101,7 @@ class Server:
     """A server that runs, and how long it took to be ready."""
 
     port: int
+    grpc_port: int
     model: str
     start_s: float
     pid: int
@@ -119,12 +122,29 @@ class Server:
         packed = json.dumps({"inputs": base64.b64encode(inputs.jpeg).decode()}).encode()
         kind = "application/json"
         length = {"inference_header_content_length": len(head)}
+        message = infer_message(self.model, inputs.pixels)
         return {
             "binary": lambda: Client(self.port, infer, head + binary, **length),
+            "grpc": lambda: grpc_client(self.grpc_port, message),
             "jpeg": lambda: Client(self.port, label, inputs.jpeg, content_type="image/jpeg"),
             "json": lambda: Client(self.port, infer, text, content_type=kind),
             "jpeg in json": lambda: Client(self.port, label, packed, content_type=kind),
         }
+
+
+def infer_message(model: str, pixels: Pixels) -> bytes:
+    """Return the protocol's message that asks a model about pixels, as it goes over the wire."""
+    message = InferRequestMessage(model_name=model, raw_input_contents=[pixels.tobytes()])
+    message.inputs.add(name="pixels", datatype="FP32", shape=pixels.shape)
+    return message.SerializeToString()
+
+
+def grpc_client(port: int, message: bytes) -> Step:
+    """Return a step that asks over a connection of its own."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}", options)
+    call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    return lambda: done(call(message, timeout=60))
 
 
 @contextlib.contextmanager
@@ -136,6 +156,10 @@ def running(arguments: argparse.Namespace, *words: str) -> Iterator[Server]:
         command += ["--precision", arguments.precision]
     if arguments.target:
         command += ["--target", arguments.target]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        grpc_port = free.getsockname()[1]
+    command += ["--grpc-port", str(grpc_port)]
     begin = time.perf_counter()
     process = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -149,7 +173,7 @@ def running(arguments: argparse.Namespace, *words: str) -> Iterator[Server]:
         # The access log has to be read by someone.
         threading.Thread(target=process.stderr.read, daemon=True).start()
         port = int(line.rsplit(":", 1)[1])
-        yield Server(port, arguments.model, start_s, process.pid)
+        yield Server(port, grpc_port, arguments.model, start_s, process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -274,7 +298,7 @@ def rally(
     Ratios are within rounds, so of the same minute.
     """
     makers = {name: (make, arguments.threads) for name, make in bare.items()}
-    makers |= {name: (ways[name], arguments.clients) for name in ("binary", "jpeg")}
+    makers |= {name: (ways[name], arguments.clients) for name in ("binary", "grpc", "jpeg")}
     rates: dict[str, list[float]] = {name: [] for name in makers}
     order = list(makers)
     generator = random.Random(1)
@@ -285,7 +309,7 @@ def rally(
             rate = flow([make() for _ in range(count)], arguments.slice_s)
             if number:
                 rates[name].append(rate)
-    against = {"binary": "bare", "jpeg": "decode + bare"}
+    against = {"binary": "bare", "grpc": "bare", "jpeg": "decode + bare"}
     found: dict[str, dict[str, float]] = {}
     for name, measured in rates.items():
         base = rates[against.get(name, name)]
@@ -351,6 +375,7 @@ def report(result: Mapping[str, Any]) -> None:
     for name, taken in result["latency_ms"].items():
         print(f"one client, {name:14} p50 {taken['p50']:7.2f} ms   p90 {taken['p90']:7.2f} ms")
     print(f"binary adds {p50['binary'] - p50['bare']:.2f} ms")
+    print(f"gRPC adds {p50['grpc'] - p50['bare']:.2f} ms")
     print(f"a JPEG adds {p50['jpeg'] - p50['decode + bare']:.2f} ms beyond decoding")
     for name, rate in result["images_per_s"].items():
         share = rate["share_of_bare"]
