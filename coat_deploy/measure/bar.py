@@ -142,7 +142,7 @@ BARS: dict[str, Bar] = {
     "tf32": Bar(min_centred_cosine=0.9999, min_top1_agreement=0.995),
     # Emulated as a GPU rounds, with random weights, on 600 photographs: coat_lite_tiny kept a
     # cosine of 0.999999 and 599 classes, coat_tiny 0.999996 and 598, coat_lite_mini 0.999999 and
-    # 596: one too few, by leads of 0.003 at most, where fp16's logits are 0.004 apart. Larger
+    # 596: one too few, by leads of 0.003 at most, where fp16 counts in 0.002 to 0.004. Larger
     # variants were measured on a few photographs only.
     "fp16": Bar(min_centred_cosine=0.9999, min_top1_agreement=0.995),
     # 7 fraction bits. 0.97 of the classes was the first choice; coat_tiny with random weights on
