@@ -46,7 +46,8 @@ IslandsOption = Annotated[
     typer.Option(
         metavar="OP,OP",
         rich_help_panel=PANEL,
-        help="Operators that stay fp32, or none. Default: LayerNormalization,Softmax.",
+        help="Operators that stay fp32, last for the layer that makes the output, or none. "
+        "Default: LayerNormalization,Softmax,last.",
     ),
 ]
 WorkspaceOption = Annotated[

@@ -144,8 +144,10 @@ def test_best_keeps_just_the_block_that_float16_cannot_hold(cli, bare, tmp_path,
     tensors = load_checkpoint("random:0", spec).tensors
     head = np.float32(factor) * tensors["head.weight"]
     save_file({**tensors, "head.weight": head}, tmp_path / "wide.safetensors")
+    # Not the last layer: as an island the head would hold anything.
+    islands = ("--islands", "LayerNormalization,Softmax")
     words = ("--weights", tmp_path / "wide.safetensors", "--precision", "best", "--json")
-    ran = export(cli, bare, *words)
+    ran = export(cli, bare, *words, *islands)
     assert (ran.status, ran.err) == (0, "")
     assert ran.json["name"] == NAME
     assert ran.json["engine"]["options"].get("keep_fp32") == kept

@@ -9,6 +9,7 @@ from coat_deploy.graph.coat import GraphOptions, author_graph
 from coat_deploy.graph.form import GraphForm
 from coat_deploy.graph.precision import (
     ISLANDS,
+    LAST,
     Lowering,
     asked_of,
     computed_types,
@@ -67,12 +68,33 @@ def test_a_lowered_graph_is_valid_and_takes_and_gives_float32(name, precision, o
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_all_but_the_islands_compute_in_the_low_type(precision) -> None:
+    lowered = lower(graph(), Lowering(precision))
     types = [
-        (node.op_type, kind) for node, kind in computed_types(lower(graph(), Lowering(precision)))
+        (node.op_type, kind)
+        for node, kind in computed_types(lowered)
+        if node.output[0] != "logits"
     ]
-    assert {op for op, kind in types if kind == "fp32"} == set(ISLANDS)
+    operators = set(ISLANDS) - {LAST}
+    assert {op for op, kind in types if kind == "fp32"} == operators
     assert {op for op, kind in types if kind == precision} >= {"MatMul", "Gemm", "Conv", "Resize"}
-    assert not set(ISLANDS) & {op for op, kind in types if kind == precision}
+    assert not operators & {op for op, kind in types if kind == precision}
+
+
+@pytest.mark.parametrize("islands", [(), (LAST,)])
+def test_the_head_is_an_island_by_name(islands) -> None:
+    lowered = lower(graph(), Lowering("fp16", islands))
+    kinds = {node.name: kind for node, kind in computed_types(lowered)}
+    assert {name for name, kind in kinds.items() if kind == "fp32"} == (
+        {"logits"} if islands else set()
+    )
+    weights = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
+    whole = TensorProto.FLOAT if islands else TensorProto.FLOAT16
+    assert {kind for name, kind in weights.items() if name.startswith("head.")} == {whole}
+
+
+def test_a_map_that_is_an_output_was_computed_in_the_low_type() -> None:
+    lowered = lower(graph(features=True), Lowering("fp16", (LAST,)))
+    assert {kind for _, kind in computed_types(lowered)} == {"fp16"}
 
 
 def test_what_is_asked_of_nodes_is_what_they_compute_in() -> None:
@@ -120,13 +142,14 @@ def test_a_graph_of_which_all_is_kept_is_the_graph() -> None:
     }
 
 
-def test_weights_are_stored_low_and_those_of_norms_in_float32() -> None:
+def test_weights_are_stored_low_and_those_of_islands_in_float32() -> None:
     model = graph()
     lowered = lower(model, Lowering("fp16"))
     types = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
     norms = {name for name in types if ".norm" in name or name.startswith("norm")}
-    assert norms and {types[name] for name in norms} == {TensorProto.FLOAT}
-    floats = {t for name, t in types.items() if name not in norms}
+    exact = norms | {"head.weight", "head.bias"}
+    assert norms and {types[name] for name in exact} == {TensorProto.FLOAT}
+    floats = {t for name, t in types.items() if name not in exact}
     assert floats == {TensorProto.FLOAT16, TensorProto.INT64}
     before, after = (sum(len(t.raw_data) for t in m.graph.initializer) for m in (model, lowered))
     assert after < 0.55 * before
@@ -188,9 +211,9 @@ def test_an_opset_without_the_type_is_refused() -> None:
 def test_a_weight_beyond_the_type_is_named_with_its_size() -> None:
     model = graph()
     for tensor in model.graph.initializer:
-        if tensor.name == "head.bias":
-            tensor.CopyFrom(numpy_helper.from_array(np.full(10, 7e4, np.float32), "head.bias"))
-    with pytest.raises(GraphError, match=r"head\.bias: does not fit into fp16 .largest 7e\+04"):
+        if tensor.name == "cpe1.bias":
+            tensor.CopyFrom(numpy_helper.from_array(np.full(16, 7e4, np.float32), "cpe1.bias"))
+    with pytest.raises(GraphError, match=r"cpe1\.bias: does not fit into fp16 .largest 7e\+04"):
         lower(model, Lowering("fp16"))
     lower(model, Lowering("bf16"))
 
