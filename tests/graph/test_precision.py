@@ -70,9 +70,7 @@ def test_a_lowered_graph_is_valid_and_takes_and_gives_float32(name, precision, o
 def test_all_but_the_islands_compute_in_the_low_type(precision) -> None:
     lowered = lower(graph(), Lowering(precision))
     types = [
-        (node.op_type, kind)
-        for node, kind in computed_types(lowered)
-        if node.output[0] != "logits"
+        (node.op_type, kind) for node, kind in computed_types(lowered) if node.output[0] != "logits"
     ]
     operators = set(ISLANDS) - {LAST}
     assert {op for op, kind in types if kind == "fp32"} == operators
