@@ -193,6 +193,18 @@ def test_json_refuses_what_is_not_json():
         console.print_json({"loss": float("nan")})
 
 
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_a_checkout_without_what_the_command_line_needs_says_so(package):
+    """As `python cli.py gpu-report` where nothing was installed."""
+    path = Path(door.__file__).parents[2] / "cli.py"
+    code = f"import runpy, sys\nsys.modules[{package!r}] = None\n"
+    code += f"runpy.run_path({str(path)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"coat-deploy: package {package} is not installed")
+    assert "python -m coat_deploy.gpu_report" in done.stderr
+
+
 def test_results_survive_a_reader_that_leaves(bare):
     """As in `coat-deploy models | head -1`: no trace, and the status of the work."""
     command = [sys.executable, str(Path(door.__file__).parents[2] / "cli.py")]
