@@ -1,4 +1,4 @@
-"""Write the README's table of figures from the records in docs/benchmarks/."""
+"""Write the README's tables of figures from the records in docs/benchmarks/, one a machine."""
 
 import json
 from pathlib import Path
@@ -80,26 +80,41 @@ def cell(record: Record | None, baseline: Record | None) -> str:
     return f"{record['p50_ms']:.1f} ms{ratio}"
 
 
-def figures() -> str:
-    """Return what stands between the marks of the README."""
-    runs = newest_runs(read_records())
+def machines(records: list[Record]) -> list[list[Record]]:
+    """Return the records of each processor, that with most of them first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["machine"]["cpu"], []).append(record)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def section(records: list[Record]) -> str:
+    """Return the table of one machine, and what machine it is."""
+    runs = newest_runs(records)
     newest = max((record for run in runs.values() for record in run.values()), key=_date)
     machine = newest["machine"]
-    features = [f for f in machine["cpu_features"] if f.startswith(("amx", "avx512_"))]
+    features = [f for f in machine["cpu_features"] if f.startswith(("amx", "avx"))]
     versions = [
         f"{shown} {machine['versions'][name]}"
         for name, shown in PACKAGES.items()
         if name in machine["versions"]
     ]
     return f"""
-{table(runs)}
+{machine["threads"]} threads of a shared {machine["cpu"]} ({", ".join(features)});
+{", ".join(versions)}:
 
+{table(runs)}
+"""
+
+
+def figures() -> str:
+    """Return what stands between the marks of the README."""
+    sections = "".join(section(records) for records in machines(read_records()))
+    return f"""{sections}
 Median latency of a batch, and in brackets how many times as fast as PyTorch's own export
-("traced": `torch.onnx.export`, dynamo, dynamic batch) is on onnxruntime, in the same run.
-{machine["threads"]} threads of a shared {machine["cpu"]} ({", ".join(features)}); random weights;
-{", ".join(versions)}.
-Absolute times of a shared machine mean little, and eager at batch 8 is unsteady, from run to run
-too; [docs/benchmarks](docs/benchmarks/README.md) says how much, and holds the records with
+("traced": `torch.onnx.export`, dynamo, dynamic batch) is on onnxruntime, in the same run; random
+weights. Absolute times of a shared machine mean little, and eager at batch 8 is unsteady, from run
+to run too; [docs/benchmarks](docs/benchmarks/README.md) says how much, and holds the records with
 intervals, memory and start-up times.
 """
 

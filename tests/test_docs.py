@@ -99,6 +99,13 @@ def test_the_newest_of_like_runs_is_shown():
     assert figures_table(*runs)[2] == "| toy | 1 | 31.0 ms (1.00x) |"
 
 
+def test_machines_are_not_mixed():
+    one, other = {"machine": {"cpu": "one"}}, {"machine": {"cpu": "other"}}
+    records = [record("eager", 40.0) | one, *(record("eager", ms) | other for ms in (9.0, 8.0))]
+    groups = script("write_figures").machines(records)
+    assert [[r["p50_ms"] for r in group] for group in groups] == [[9.0, 8.0], [40.0]]
+
+
 def test_what_a_run_lacks_is_a_dash():
     rows = figures_table(record("eager", 40.0), record("onnxruntime:traced", 30.0, model="other"))
     assert rows[2:] == ["| toy | 1 | 40.0 ms | - |", "| other | 1 | - | 30.0 ms (1.00x) |"]
