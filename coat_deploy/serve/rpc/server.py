@@ -20,6 +20,7 @@ from coat_deploy.serve.rpc.health import Health
 from coat_deploy.serve.rpc.messages import HEALTH, PROTOCOL, REFLECTION
 from coat_deploy.serve.rpc.protocol import Protocol
 from coat_deploy.serve.rpc.reflection import Reflection
+from coat_deploy.serve.tracing import grpc_interceptors
 
 MAX_CALLS = 1024
 """Calls under way at once; more are refused before their message is read."""
@@ -64,6 +65,7 @@ async def start_grpc(
     assert listen.grpc_port is not None
     calls = Calls(Door(listen.token), service.limits, metrics, log)
     server = aio.server(
+        interceptors=grpc_interceptors(),
         options=_options(service.limits, share_port=listen.workers > 1),
         maximum_concurrent_rpcs=MAX_CALLS,
     )
