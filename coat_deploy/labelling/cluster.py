@@ -74,8 +74,7 @@ def label_on_ray(job: Job, parts: Sequence[Part], options: ClusterOptions) -> Ge
 
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        workers = _workers(resources, job, options)
+        workers = _workers(ray.cluster_resources(), job, options)
         rows = [asdict(part) for part in parts]
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS))
         done = data.map_batches(
