@@ -20,14 +20,18 @@ from typing import Any
 from coat_deploy import errors
 from coat_deploy.backends.select import for_gpu
 from coat_deploy.errors import CoatDeployError, LabellingError, UsageError
-from coat_deploy.labelling.part import Job, Labelled, Part, label_part
+from coat_deploy.labelling.part import ASIDE, Job, Labelled, Part, label_part
+from coat_deploy.labelling.plan import read_part
 from coat_deploy.machine import usable_threads
+from coat_deploy.transaction import writing
 
 _log = logging.getLogger(__name__)
 
 LOCAL = "local"
 MOST_BLOCKS = 4096
 """Blocks that Ray Data is given: each takes it milliseconds, so that they hold several parts."""
+TRIES = 4
+"""How many workers may die of a part: Ray would give it to another for ever."""
 CONNECT_S = 10.0
 """How long the head of a cluster may take to answer."""
 OBJECT_STORE_BYTES = 128 << 20
@@ -110,7 +114,8 @@ def _worker(job: Job) -> type:
                     job.check()
                     self._checked = True
                 part = Part(**{key: int(value) for key, (value,) in batch.items()})
-                labelled = label_part(job, part)
+                with trying(job, part):
+                    labelled = label_part(job, part)
                 row |= {"images": labelled.images, "errors": labelled.errors}
             except CoatDeployError as error:  # as a value: Ray would wrap it in pages of its own
                 row |= {"failure": type(error).__name__, "message": str(error)}
@@ -121,6 +126,27 @@ def _worker(job: Job) -> type:
             return {key: [value] for key, value in row.items()}
 
     return Worker
+
+
+@contextlib.contextmanager
+def trying(job: Job, part: Part) -> Iterator[None]:
+    """Note beside the labels that a part is tried, as long as the body takes.
+
+    Raises: LabellingError when that stands there already, of as many workers as may die of one.
+    """
+    tried = job.out / f"{ASIDE}{part.file}"
+    with writing(tried), tried.open("ab") as file:
+        file.write(b"x")
+        tries = file.tell()
+    if tries > TRIES:
+        names = read_part(job.out / part.plan_file, part.index)
+        raise LabellingError(
+            f"{part.file}: {TRIES} workers died of it, of too little memory or of an image that "
+            f"crashes them ({names[0]} to {names[-1]}). Ask for fewer --workers or a smaller "
+            "--batch, or move the image away, and run again."
+        )
+    yield
+    tried.unlink(missing_ok=True)
 
 
 def _cpus(job: Job) -> int:
