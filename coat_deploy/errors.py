@@ -15,6 +15,7 @@
     |   |-- PrecisionMissing      this machine does not compute in it
     |   `-- DeviceMissing         this machine has no GPU that can be used
     |-- TrainingError             a training that cannot begin or go on
+    |-- LabellingError            a folder of images whose labelling cannot begin or go on
     |-- UploadError               a model that could not be published
     |-- ServerError               a server that cannot start
     |-- RequestError              a request that a server refuses; its `kind` says in what way
@@ -91,6 +92,10 @@ class DeviceMissing(RunnerError):
 
 class TrainingError(CoatDeployError):
     """A training that cannot begin or go on."""
+
+
+class LabellingError(CoatDeployError):
+    """A folder of images whose labelling cannot begin or go on."""
 
 
 class UploadError(CoatDeployError):

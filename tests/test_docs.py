@@ -35,6 +35,7 @@ COMMANDS = [
     *console_lines("README.md"),
     *console_lines("docs/serving.md"),
     *console_lines("docs/elsewhere.md"),
+    *console_lines("docs/labelling.md"),
     *inline_commands("README.md"),
     *inline_commands("models/README.md"),
 ]

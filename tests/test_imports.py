@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "numpy", "PIL", "safetensors", "matplotlib")
+HEAVY = (
+    "torch", "onnx", "onnxruntime", "openvino", "numpy", "PIL", "safetensors", "matplotlib",
+    "ray", "pyarrow",
+)  # fmt: skip
 COMMANDS = (
     "", "export", "validate", "evaluate", "bench", "predict", "selftest", "triton", "kserve",
     "doctor", "models list",
@@ -50,11 +53,17 @@ def test_public_names_are_those_promised():
     "module",
     [
         "repository", "open", "evaluate", "images", "backends.onnxruntime", "measure.validate",
-        "measure.bench", "triton.repository",
+        "measure.bench", "triton.repository", "classifier", "labelling.cluster",
     ],
 )  # fmt: skip
 def test_running_an_artifact_needs_no_torch(module):
     done = run(f"import coat_deploy.{module}", ("torch", "onnx", "safetensors"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_labelling_here_needs_no_ray():
+    code = "import coat_deploy.labelling.local, coat_deploy.labelling.folder"
+    done = run(f"{code}, coat_deploy.labelling.cluster", ("torch", "ray", "pandas"))
     assert done.returncode == 0, done.stderr
 
 

@@ -21,7 +21,8 @@ RANKS = {
     "train": 6,
     "diagnosis": 7, "open": 7, "candidate": 7, "best": 7, "export": 7, "choose": 7, "evaluate": 7,
     "inspection": 7, "study": 7, "gpu_diagnosis": 7, "triton": 7,
-    "kserve": 7, "gpu_report": 7,
+    "kserve": 7, "gpu_report": 7, "processing": 7, "classifier": 7,
+    "labelling": 8,
     "serve": 8,
     "cli": 9,
     "__main__": 10,
@@ -61,6 +62,8 @@ HEAVY = {
     "grpc_health": {"serve/rpc/"},
     "grpc_reflection": {"serve/rpc/"},
     "google": {"serve/rpc/"},
+    "ray": {"labelling/cluster.py"},
+    "pyarrow": {"labelling/", "data/huggingface.py"},
     "typer": {"cli/"},
     "rich": {"cli/"},
 }

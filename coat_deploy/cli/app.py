@@ -80,6 +80,7 @@ EXAMPLES = {
     "predict": """
         $ coat-deploy predict coat_tiny cat.jpg
         $ coat-deploy predict coat_tiny photos/ --top 1 --json > labels.json
+        $ coat-deploy predict coat_tiny photos/ --out labels --engine ray
     """,
     "serve": """
         $ coat-deploy serve --models models

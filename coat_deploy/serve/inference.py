@@ -16,8 +16,7 @@ import numpy as np
 
 from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import ImageError, RequestError, RunnerError, unknown_name
-from coat_deploy.images import load
-from coat_deploy.labels import ScoredLabel, top_labels
+from coat_deploy.labels import ScoredLabel
 from coat_deploy.machine import usable_threads
 from coat_deploy.runner import INPUT, LOGITS, Array
 from coat_deploy.serve import served as describe
@@ -156,7 +155,7 @@ class InferenceService:
         """
         served = self.registry.get(name, version)
         outputs = await self._run(served, self._encoded(served, [image]), deadline)
-        return top_labels(outputs[LOGITS][0], served.labels, top)
+        return served.processing.postprocess(outputs[LOGITS][0], top)
 
     async def _run(self, served: Served, work: Work, deadline: float | None) -> Mapping[str, Array]:
         latest = time.monotonic() + self.limits.deadline_s
@@ -209,10 +208,10 @@ class InferenceService:
 
     def _encoded(self, served: Served, images: Sequence[bytes]) -> Work:
         self._check_batch(len(images))
-        how, limits = served.preprocess, self.limits.images
+        preprocess, limits = served.processing.preprocess, self.limits.images
         names = ["image"] if len(images) == 1 else [f"image {i}" for i in range(len(images))]
         makers: list[Callable[[], Array]] = [
-            functools.partial(load, image, how, limits, name)
+            functools.partial(preprocess, image, name, limits)
             for image, name in zip(images, names, strict=True)
         ]
         return Work(makers, sum(map(len, images)))

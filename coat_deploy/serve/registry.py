@@ -16,7 +16,7 @@ from typing import Literal
 from coat_deploy.errors import CoatDeployError, RepositoryError, RequestError, UsageError
 from coat_deploy.machine import usable_threads
 from coat_deploy.model import CONFIG, MANIFEST, Model
-from coat_deploy.repository import Repository, read_labels
+from coat_deploy.repository import Repository
 from coat_deploy.serve.batcher import Batcher
 from coat_deploy.serve.options import ServeOptions
 from coat_deploy.serve.served import Served, can_serve, find_served, serve_model
@@ -219,7 +219,7 @@ class Registry:
             _log.info("%s: a new %s is served", name, served.source.path.name)
 
     def _load_if_new(self, model: Model, before: Served) -> Served | None:
-        if before.same_as(find_served(model, self._options), read_labels(model.spec)):
+        if before.same_as(find_served(model, self._options)):
             return None
         return self._load(model)
 

@@ -10,13 +10,12 @@ from coat_deploy.backends.select import PRECISIONS, TARGETS
 from coat_deploy.errors import RepositoryError, SpecError, UsageError
 from coat_deploy.model import VERSION, ArtifactQuery, Model
 from coat_deploy.open import EAGER, Source, default_target, find_source
-from coat_deploy.repository import read_labels
+from coat_deploy.processing import Processing
 from coat_deploy.runner import TensorSpec
 from coat_deploy.serve.batcher import Lane
 from coat_deploy.serve.levels import Levels, load_levels
 from coat_deploy.serve.options import ServeOptions
 from coat_deploy.serve.statistics import Execution, Listener, Outcome, Statistics
-from coat_deploy.spec import Preprocess
 
 IMAGE = "image"
 """Name of the input that takes encoded images in place of pixels."""
@@ -44,7 +43,7 @@ class Served:
 
     model: Model
     source: Source
-    labels: tuple[str, ...]
+    processing: Processing
     lane: Lane
     statistics: Statistics = field(default_factory=Statistics)
 
@@ -64,9 +63,9 @@ class Served:
         return self.lane.levels
 
     @property
-    def preprocess(self) -> Preprocess:
-        """How images are made pixels, as `predict` does."""
-        return self.model.spec.preprocess.at(self.source.size)
+    def labels(self) -> tuple[str, ...]:
+        """One label a class."""
+        return self.processing.labels
 
     @property
     def fixed_size(self) -> bool:
@@ -74,11 +73,10 @@ class Served:
         artifact = self.source.artifact
         return artifact is not None and artifact.size is not None
 
-    def same_as(self, source: Source, labels: Sequence[str]) -> bool:
-        """Return whether `source` would answer as this does."""
-        mine = (self.source.sha256, self.source.target, self.preprocess, self.labels)
-        theirs = source.model.spec.preprocess.at(source.size)
-        return mine == (source.sha256, source.target, theirs, tuple(labels))
+    def same_as(self, source: Source) -> bool:
+        """Return whether `source` would answer as this does. Raises: SpecError."""
+        mine = (self.source.sha256, self.source.target, self.processing)
+        return mine == (source.sha256, source.target, Processing.of(source))
 
 
 def serve_model(model: Model, options: ServeOptions, listeners: Sequence[Listener] = ()) -> Served:
@@ -87,7 +85,7 @@ def serve_model(model: Model, options: ServeOptions, listeners: Sequence[Listene
     Raises: as `find_served` and `open_source`.
     """
     source = find_served(model, options)
-    labels = read_labels(model.spec)
+    processing = Processing.of(source)
     levels = load_levels(source, options)
     try:
         height, width = source.size
@@ -97,7 +95,7 @@ def serve_model(model: Model, options: ServeOptions, listeners: Sequence[Listene
         raise
     statistics = Statistics()
     lane = Lane(model.name, levels, [_Counting(statistics), *listeners])
-    return Served(model, source, labels, lane, statistics)
+    return Served(model, source, processing, lane, statistics)
 
 
 def find_served(model: Model, options: ServeOptions) -> Source:

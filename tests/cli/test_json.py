@@ -111,6 +111,14 @@ def test_predict_prints_what_is_documented(cli, models, photos):
     assert promised("predict") <= paths(ran.json)
 
 
+def test_predict_into_a_folder_prints_what_is_documented(cli, models, photos, tmp_path):
+    pytest.importorskip("pyarrow")
+    words = ("--models", models, "--out", tmp_path / "labels", "--json")
+    ran = cli("predict", "coat_lite_toy", photos, *words)
+    assert ran.status == 0, ran.err
+    assert promised("predict --out") <= paths(ran.json)
+
+
 def test_selftest_prints_what_is_documented(cli, models):
     ran = cli("selftest", "coat_lite_toy", "--models", models, "--json")
     assert (ran.status, ran.err) == (0, "")

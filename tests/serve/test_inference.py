@@ -68,7 +68,7 @@ def test_classes_are_score_index_and_label(serving, direct):
 
 def test_an_encoded_image_is_prepared_as_predict_does(serving, direct, jpeg):
     service = serving()
-    how = service.registry.get(NAME).preprocess
+    how = service.registry.get(NAME).processing.how
     expected = direct(load(jpeg, how)[np.newaxis])
     image = Tensor("image", "BYTES", (2,), [jpeg, jpeg])
     (output,) = ask(service, image).outputs

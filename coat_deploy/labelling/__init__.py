@@ -1,0 +1,1 @@
+"""Label a folder of images into Parquet files, in one process or on a cluster."""
