@@ -22,8 +22,6 @@ from coat_deploy.serve.schemas import SCHEMAS, Schema, array, ref
 from coat_deploy.version import __version__
 
 PATH = "/openapi.json"
-IMAGE_TYPES = ("jpeg", "png", "webp", "bmp", "gif", "tiff")
-"""Subtypes of image/ that are read; the content decides, not the header."""
 
 _DESCRIPTION = """\
 Models that answer in the Open Inference Protocol (KServe v2) with Triton's extensions, and for
@@ -197,13 +195,9 @@ def _paths() -> dict[str, Any]:
             "post": {
                 **_describe("classifyImage", "images", "The likeliest classes of an image"),
                 "parameters": [_parameter("top_k"), _parameter("encoding")],
-                "requestBody": _body(
-                    {
-                        **{f"image/{kind}": _OCTETS for kind in IMAGE_TYPES},
-                        OCTETS: _OCTETS,
-                        JSON: "ImageRequest",
-                    }
-                ),
+                "description": "A JPEG, PNG, WebP, BMP, GIF or TIFF file as it is: its first bytes "
+                "tell its format, and any content type but those of JSON and of forms will do.",
+                "requestBody": _body({OCTETS: _OCTETS, JSON: "ImageRequest"}),
                 "responses": _responses(
                     {JSON: array(ref("Label"))}, _COMPUTE, headers={"server-timing": "timing"}
                 ),

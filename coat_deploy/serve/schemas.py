@@ -122,8 +122,9 @@ _REQUESTS: Mapping[str, Schema] = {
             )
         },
     ),
+    # Rows of rows would be a schema that refers to itself, of which generators make nothing.
     "TensorData": array(
-        {"anyOf": [{"type": ["number", "string", "boolean"]}, ref("TensorData")]},
+        {"description": "A number, a text, true or false; or a row of these, or of rows."},
         description="Elements in row-major order, flat or nested as the shape is.",
     ),
     "Datatype": {"type": "string", "enum": [*DATATYPES, BYTES]},

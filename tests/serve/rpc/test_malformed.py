@@ -139,7 +139,7 @@ def test_what_is_malformed_gets_a_sentence_and_the_next_its_own_answer(channel, 
     expected = [logits(channel, i) for i in range(CLIENTS)]
     assert len({row.tobytes() for row in expected}) == CLIENTS
 
-    @settings(max_examples=300)
+    @settings(max_examples=200)
     @given(BROKEN, st.integers(0, CLIENTS - 1))
     def holds(content, number):
         code, said = status(channel, content)
@@ -152,7 +152,7 @@ def test_what_is_malformed_gets_a_sentence_and_the_next_its_own_answer(channel, 
 
 
 def test_messages_of_any_bytes_break_nothing(channel, caplog):
-    @settings(max_examples=300)
+    @settings(max_examples=200)
     @given(mangled() | st.binary(max_size=99))
     def holds(content):
         code, said = status(channel, content)
