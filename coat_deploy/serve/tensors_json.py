@@ -9,6 +9,7 @@ import binascii
 import itertools
 import json
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -249,17 +250,13 @@ def _output(item: Mapping[str, Any]) -> tuple[RequestedOutput, bool | None]:
 def _numbers(head: TensorHead) -> npt.NDArray[Any]:
     dtype = DATATYPES[head.datatype]
     flat, found = _flat(head)
-    # Of texts among numbers numpy would make texts of them all, each as long as the longest.
-    numbers = set(map(type, flat)) <= ({bool} if dtype.kind == "b" else {int, float})
     try:
-        values = np.asarray(flat) if numbers else None
-    except OverflowError:
-        values = None
-    if values is None or (values.size and values.dtype.kind not in "biuf"):
+        values = _values(flat, dtype.kind)
+    except (TypeError, OverflowError):
         raise RequestError(
             f"input '{head.name}': 'data' holds something else than {head.datatype} (numbers out "
             "of range, texts or nulls, or rows that differ in length)."
-        )
+        ) from None
     _check_shape(head, found)
     if dtype.kind in "iu" and values.size:
         limits = np.iinfo(dtype)
@@ -269,6 +266,22 @@ def _numbers(head: TensorHead) -> npt.NDArray[Any]:
             )
     with np.errstate(over="ignore"):  # infinity is told where the outputs are looked at
         return values.astype(dtype).reshape(head.shape)
+
+
+def _values(flat: list[Any], kind: str) -> npt.NDArray[Any]:
+    """Return numbers, for an array of a kind of numpy's.
+
+    numpy alone would make texts of all where one is a text, each as long as that.
+    Raises: TypeError, OverflowError for what else is among them.
+    """
+    if kind == "f":
+        return np.asarray(array("d", flat))
+    if not set(map(type, flat)) <= ({bool} if kind == "b" else {int, float}):
+        raise TypeError("not all of them are numbers")
+    values = np.asarray(flat)
+    if values.dtype.kind == "O":
+        raise OverflowError("not all of them fit into 64 bits")
+    return values
 
 
 def _texts(head: TensorHead) -> list[bytes]:
