@@ -28,6 +28,7 @@ from PIL import (
 )
 
 from coat_deploy.errors import ImageError
+from coat_deploy.image_structure import check_gif, check_jpeg, check_png, webp_size
 from coat_deploy.runner import Array
 from coat_deploy.spec import Interpolation, Preprocess, Size
 
@@ -44,6 +45,11 @@ _FORMATS: tuple[tuple[tuple[bytes, ...], type[ImageFile.ImageFile]], ...] = (
     ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImagePlugin.TiffImageFile),
     ((b"BM",), BmpImagePlugin.BmpImageFile),
 )
+_CHECKS = {
+    JpegImagePlugin.JpegImageFile: check_jpeg,
+    PngImagePlugin.PngImageFile: check_png,
+    GifImagePlugin.GifImageFile: check_gif,
+}
 _FILTERS: dict[Interpolation, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -97,6 +103,7 @@ def decode(
     if len(data) > limits.max_bytes:
         raise _too_large(name, len(data), limits.max_bytes)
     plugin = _plugin(data, name)
+    _check_structure(plugin, data, name, limits)
     try:
         with plugin(io.BytesIO(data)) as image:
             _check_header(image.size, name, limits)
@@ -283,6 +290,16 @@ def _plugin(data: bytes, name: str) -> type[ImageFile.ImageFile]:
         f"{name}: not an image of a format that is read (it begins with {data[:12]!r}, expected "
         "JPEG, PNG, WebP, BMP, GIF or TIFF). Convert it to one of these."
     )
+
+
+def _check_structure(
+    plugin: type[ImageFile.ImageFile], data: bytes, name: str, limits: ImageLimits
+) -> None:
+    """Raise ImageError for what would hold a decoder up, or fill the memory before it tells."""
+    if plugin in _CHECKS:
+        _CHECKS[plugin](data, name)
+    if plugin is WebPImagePlugin.WebPImageFile and (size := webp_size(data)):
+        _check_header(size, name, limits)
 
 
 def _check_header(size: tuple[int, int], name: str, limits: ImageLimits) -> None:

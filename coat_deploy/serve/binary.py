@@ -16,6 +16,7 @@ from coat_deploy.serve.requests import BYTES, DATATYPES, FP32, Tensor
 from coat_deploy.serve.tensors_json import InferDocument, TensorHead, read_data
 
 HEADER_LENGTH = "inference-header-content-length"
+MAX_HEADER_LENGTH = 10**11 - 1
 _LENGTH = struct.Struct("<I")
 
 
@@ -23,7 +24,9 @@ def header_length(value: str | None) -> int | None:
     """Return the length that the header says; None without one. Raises RequestError."""
     if value is None:
         return None
-    if not (value.isascii() and value.isdigit() and len(value) < 12):
+    if not (
+        value.isascii() and value.isdigit() and len(value) < 20 and int(value) <= MAX_HEADER_LENGTH
+    ):
         raise RequestError(f"{HEADER_LENGTH}: must be a whole number (got '{value:.40}').")
     return int(value)
 

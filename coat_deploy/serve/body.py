@@ -15,6 +15,8 @@ _IN_THE_LOOP = 64 << 10
 
 _WINDOW = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _RAW_DEFLATE = -15
+ENCODINGS = ("identity", *_WINDOW)
+"""What a body may be packed in."""
 
 
 class Receiving:
@@ -63,7 +65,7 @@ async def read_body(request: Request, limits: Limits, share: Share) -> memoryvie
     Raises: RequestError for one that is too large, too slow or not packed as it says.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", "", *_WINDOW):
+    if encoding not in ENCODINGS:
         raise RequestError(
             f"content-encoding '{encoding:.40}': is not read (expected gzip or deflate).",
             "unsupported",

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from coat_deploy.serve.options import Limits
 from coat_deploy.serve.replies import json_bytes
 
+HEAD_TOO_LARGE = "431"
 _HEAD = (
     "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n"
     "connection: close\r\n\r\n"
@@ -71,7 +72,9 @@ class Connection(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > self.limits.header_bytes:
-            self._refuse("431 Request Header Fields Too Large", "the head is too large.")
+            self._refuse(
+                f"{HEAD_TOO_LARGE} Request Header Fields Too Large", "the head is too large."
+            )
 
     def on_message_begin(self) -> None:
         """Begin to count: the head of a later request begins when its first byte is there."""

@@ -16,7 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coat_deploy.errors import RequestError
-from coat_deploy.serve import page
+from coat_deploy.serve import openapi, page
 from coat_deploy.serve.access_log import AccessLog
 from coat_deploy.serve.auth import Door
 from coat_deploy.serve.body import Receiving
@@ -29,8 +29,8 @@ from coat_deploy.serve.tracing import traced
 
 _log = logging.getLogger(__name__)
 
-OPEN = ("/v2/health/live", "/v2/health/ready", "/")
-"""Paths that need no token: for who looks whether the server is well, and the page without data."""
+OPEN = ("/v2/health/live", "/v2/health/ready", "/", openapi.PATH)
+"""Paths that need no token: for who looks whether the server is well, and what holds no data."""
 
 REQUEST_ID = b"x-request-id"
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -46,21 +46,29 @@ def build_app(
     log: AccessLog | None = None,
 ) -> ASGIApp:
     """Return the application that serves a service over HTTP."""
+    guarded = [
+        Route(route.path, _Answering(route.endpoint), methods=route.methods)
+        for route in all_routes(service, metrics)
+    ]
+    # Starlette's own layers around a router would only repeat what ours do.
+    router = Router(guarded, redirect_slashes=False)
+    return traced(Front(router, service, Door(token), metrics, log))
+
+
+def all_routes(service: InferenceService, metrics: Metrics) -> list[Route]:
+    """Return every route that is answered; `openapi.py` describes each."""
     receiving = Receiving(service.limits)
 
     async def show_metrics(request: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    routes = [
+    return [
         *ImageRoutes(service, receiving).routes(),
         *ProtocolRoutes(service, receiving).routes(),
         *page.routes(),
+        *openapi.routes(),
         Route("/metrics", show_metrics, methods=["GET"]),
     ]
-    guarded = [Route(r.path, _Answering(r.endpoint), methods=r.methods) for r in routes]
-    # Starlette's own layers around a router would only repeat what ours do.
-    router = Router(guarded, redirect_slashes=False)
-    return traced(Front(router, service, Door(token), metrics, log))
 
 
 class _Answering:

@@ -22,6 +22,8 @@ from coat_deploy.serve.waiting import while_connected
 
 TOP = 5
 """Labels of an answer, where the client does not say how many."""
+MAX_TOP = 10**7 - 1
+"""Beyond any model's; it has no more to say than all of its labels."""
 PARAMETERS = ("top_k", "function_to_apply")
 SOFTMAX = "softmax"
 
@@ -75,18 +77,22 @@ def read_image_request(request: Request, body: memoryview, limits: Limits) -> Im
             "content-type multipart: is not read. Send the image file itself as the body.",
             "unsupported",
         )
+    top = _count_of_text(request.query_params.get("top_k", str(TOP)))
     if kind != JSON:
-        return ImageRequest(bytes(body), _count(request.query_params.get("top_k", str(TOP))))
+        return ImageRequest(bytes(body), top)
     document = read_object(body, limits.json_bytes)
     inputs = document.get("inputs")
     if not isinstance(inputs, str):
         raise RequestError("'inputs' must be an image in base64.")
     if inputs.startswith("data:"):
         inputs = inputs.partition(",")[2]
-    return ImageRequest(decode_base64(inputs), _top(document.get("parameters") or {}))
+    return ImageRequest(decode_base64(inputs), _top(document.get("parameters"), top))
 
 
-def _top(parameters: Any) -> int:
+def _top(parameters: Any, otherwise: int) -> int:
+    """Return how many labels the parameters of a document want. Raises RequestError."""
+    if parameters is None:
+        return otherwise
     if not isinstance(parameters, dict):
         raise RequestError("'parameters' must be an object.")
     for key in parameters:
@@ -99,12 +105,17 @@ def _top(parameters: Any) -> int:
             "Ask /v2/models/MODEL/infer for logits."
         )
     top = parameters.get("top_k")
-    return TOP if top is None else _count(top)
+    return otherwise if top is None else _count(top)
+
+
+def _count_of_text(text: str) -> int:
+    digits = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_TOP))
+    return _count(int(text) if digits else text)
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 8:
-        value = int(value)
-    if type(value) is not int or value < 1:
-        raise RequestError(f"'top_k' must be a whole number above 0 (got {value!r:.40}).")
+    if type(value) is not int or not 1 <= value <= MAX_TOP:
+        raise RequestError(
+            f"'top_k' must be a whole number (got {value!r:.40}, expected 1 to {MAX_TOP})."
+        )
     return value

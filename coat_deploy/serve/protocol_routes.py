@@ -13,14 +13,13 @@ from coat_deploy.runner import INPUT
 from coat_deploy.serve import binary, tensors_json
 from coat_deploy.serve.body import Receiving, read_body
 from coat_deploy.serve.inference import InferenceService
-from coat_deploy.serve.replies import JSON, json_bytes, json_reply, packed
+from coat_deploy.serve.replies import JSON, OCTETS, json_bytes, json_reply, packed
 from coat_deploy.serve.requests import BYTES, InferRequest, InferResponse, Tensor
 from coat_deploy.serve.served import IMAGE
 from coat_deploy.serve.tensors_json import InferDocument
 from coat_deploy.serve.waiting import while_connected
 
 EXTENSIONS = ("binary_tensor_data",)
-OCTETS = "application/octet-stream"
 _EMPTY = InferDocument("", (), (), frozenset(), True, None)
 
 
@@ -87,16 +86,14 @@ class ProtocolRoutes:
     async def index(self, request: Request) -> Response:
         """Tell which models there are."""
         document = await self._optional_document(request)
-        ready_only = document.get("ready", False)
-        if not isinstance(ready_only, bool):
-            raise RequestError(f"'ready' must be true or false (got {ready_only!r:.40}).")
-        entries = await self._service.index(ready_only)
+        ready_only = tensors_json.flag(document, "ready", "the body")
+        entries = await self._service.index(ready_only or False)
         return json_reply([vars(entry) for entry in entries])
 
     async def load(self, request: Request) -> Response:
         """Load a model."""
         document = await self._optional_document(request)
-        if document.get("parameters"):
+        if tensors_json.parameters_of(document, "the body"):
             raise RequestError(
                 "'parameters' of a load are not taken: models come from their folder."
             )
@@ -105,7 +102,7 @@ class ProtocolRoutes:
 
     async def unload(self, request: Request) -> Response:
         """Stop serving a model."""
-        await self._optional_document(request)
+        tensors_json.parameters_of(await self._optional_document(request), "the body")
         await self._service.unload(request.path_params["name"])
         return json_reply({})
 
@@ -123,7 +120,8 @@ class ProtocolRoutes:
             else:
                 head, tail = binary.split(body, length)
                 document = tensors_json.read_infer(
-                    tensors_json.read_object(head, self._service.limits.json_bytes)
+                    tensors_json.read_object(head, self._service.limits.json_bytes),
+                    self._service.limits.batch,
                 )
                 inputs = binary.read_inputs(document, tail)
                 asked = InferRequest(name, inputs, version, document.id, document.outputs)

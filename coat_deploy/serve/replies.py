@@ -26,6 +26,7 @@ STATUS: Mapping[RequestErrorKind, int] = {
     "deadline": 504,
 }
 JSON = "application/json"
+OCTETS = "application/octet-stream"
 WORTH_PACKING = 1024
 """Shorter answers are sent as they are."""
 

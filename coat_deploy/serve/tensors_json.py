@@ -1,7 +1,7 @@
 """The protocol's JSON: requests to infer read strictly, responses written.
 
-Every rule that a document can break has a sentence. Data of a tensor may be flat or nested, or, in
-the binary extension, stand behind the document (`binary.py`).
+Every rule that a document can break has a sentence; what is optional may also be null. Data of a
+tensor may be flat or nested, or, in the binary extension, stand behind the document (`binary.py`).
 """
 
 import base64
@@ -9,6 +9,7 @@ import binascii
 import itertools
 import json
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -21,10 +22,10 @@ from coat_deploy.serve.requests import BYTES, DATATYPES, RequestedOutput, Tensor
 
 MAX_TENSORS = 16
 MAX_DIMENSIONS = 8
+MAX_LENGTH = (1 << 40) - 1
 MAX_ELEMENTS = 1 << 40
 """More than any body holds; beyond, numpy knows no shapes, not even of nothing."""
 MAX_NAME = 256
-_NUMBERS = "iuf"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ class TensorHead:
     def elements(self) -> int:
         """Number of elements that the shape has."""
         return math.prod(self.shape)
+
+    def check_images(self, most: int) -> None:
+        """Raise RequestError for more encoded images than that, before any is looked at.
+
+        Of nothing but empty ones a body holds millions, and each would become an object.
+        """
+        if self.datatype == BYTES and self.elements > most:
+            raise RequestError(
+                f"input '{self.name}': too many images (got {self.elements}, expected 1 to "
+                f"{most}). Divide them among requests.",
+                "too_large",
+            )
 
     @property
     def binary_size(self) -> int | None:
@@ -99,15 +112,20 @@ def read_object(content: memoryview, most: int, what: str = "the body") -> dict[
     return document
 
 
-def read_infer(document: Mapping[str, Any]) -> InferDocument:
-    """Return a request to infer. Raises RequestError with the rule that it breaks."""
-    parameters = _parameters(document, "the request")
+def read_infer(document: Mapping[str, Any], most: int) -> InferDocument:
+    """Return a request to infer, of so many encoded images at most.
+
+    Raises: RequestError with the rule that it breaks.
+    """
+    parameters = parameters_of(document, "the request")
     inputs = tuple(_input(item) for item in _items(document, "inputs", required=True))
+    for head in inputs:
+        head.check_images(most)
     outputs = [_output(item) for item in _items(document, "outputs")]
     named = [output.name for output, _ in outputs]
     if len(set(named)) < len(named):
         raise RequestError("'outputs' names an output twice. Name it once.")
-    every = bool(parameters.get("binary_data_output", False))
+    every = flag(parameters, "binary_data_output", "the request") or False
     wanted = {output.name: every if binary is None else binary for output, binary in outputs}
     timeout = parameters.get("timeout")
     if timeout is not None and (type(timeout) is not int or timeout < 0):
@@ -170,7 +188,9 @@ def _items(document: Mapping[str, Any], key: str, required: bool = False) -> lis
 
 
 def _text(document: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
-    value = document.get(key, default)
+    value = document.get(key)
+    if value is None:
+        value = default
     if not isinstance(value, str) or len(value) > MAX_NAME:
         raise RequestError(
             f"{where}: '{key}' must be a text of {MAX_NAME} characters at most (got {value!r:.60})."
@@ -178,13 +198,22 @@ def _text(document: Mapping[str, Any], key: str, where: str, default: str | None
     return value
 
 
-def _parameters(document: Mapping[str, Any], where: str) -> dict[str, Any]:
+def parameters_of(document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a document's parameters, or those of a part of it. Raises RequestError."""
     parameters = document.get("parameters")
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
         raise RequestError(f"{where}: 'parameters' must be an object (got {_kind(parameters)}).")
     return parameters
+
+
+def flag(document: Mapping[str, Any], key: str, where: str) -> bool | None:
+    """Return what is said under a key; None where nothing is. Raises RequestError."""
+    value = document.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{where}: '{key}' must be true or false (got {value!r:.40}).")
+    return value
 
 
 def _input(item: Mapping[str, Any]) -> TensorHead:
@@ -195,43 +224,40 @@ def _input(item: Mapping[str, Any]) -> TensorHead:
         raise RequestError(f"input '{name}': {unknown_name('datatype', datatype[:40], known)}")
     shape = item.get("shape")
     sound = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
-    if not sound or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape or ()):
+    if not sound or not all(type(n) is int and 0 <= n <= MAX_LENGTH for n in shape or ()):
         raise RequestError(
             f"input '{name}': 'shape' must be an array of whole numbers (got {shape!r:.60})."
         )
     assert isinstance(shape, list)
-    parameters = _parameters(item, f"input '{name}'")
+    parameters = parameters_of(item, f"input '{name}'")
+    _text(parameters, "content_type", f"input '{name}'", "")
     return TensorHead(name, datatype, tuple(shape), parameters, item.get("data"))
 
 
 def _output(item: Mapping[str, Any]) -> tuple[RequestedOutput, bool | None]:
     """Return what is wanted, and whether in binary; None leaves that to the request."""
     name = _text(item, "name", "an output")
-    parameters = _parameters(item, f"output '{name}'")
-    classes = parameters.get("classification", 0)
+    parameters = parameters_of(item, f"output '{name}'")
+    classes = parameters.get("classification")
+    classes = 0 if classes is None else classes
     if type(classes) is not int or classes < 0:
         raise RequestError(
             f"output '{name}': 'classification' must be a whole number (got {classes!r:.40})."
         )
-    binary = parameters.get("binary_data")
-    return RequestedOutput(name, classes), None if binary is None else bool(binary)
+    return RequestedOutput(name, classes), flag(parameters, "binary_data", f"output '{name}'")
 
 
 def _numbers(head: TensorHead) -> npt.NDArray[Any]:
     dtype = DATATYPES[head.datatype]
+    flat, found = _flat(head)
     try:
-        values = np.asarray(head.data)
-    except (ValueError, OverflowError, RecursionError):
-        raise RequestError(
-            f"input '{head.name}': 'data' is of no shape: rows differ in length."
-        ) from None
-    kinds = "b" if dtype.kind == "b" else _NUMBERS
-    if values.size and values.dtype.kind not in kinds:
+        values = _values(flat, dtype.kind)
+    except (TypeError, OverflowError):
         raise RequestError(
             f"input '{head.name}': 'data' holds something else than {head.datatype} (numbers out "
             "of range, texts or nulls, or rows that differ in length)."
-        )
-    _check_shape(head, values.shape)
+        ) from None
+    _check_shape(head, found)
     if dtype.kind in "iu" and values.size:
         limits = np.iinfo(dtype)
         if values.dtype.kind == "f" or values.min() < limits.min or values.max() > limits.max:
@@ -242,25 +268,30 @@ def _numbers(head: TensorHead) -> npt.NDArray[Any]:
         return values.astype(dtype).reshape(head.shape)
 
 
-def _check_shape(head: TensorHead, found: tuple[int, ...]) -> None:
-    if found == head.shape or (len(found) == 1 and found[0] == head.elements):
-        return
-    raise RequestError(
-        f"input '{head.name}': 'data' does not have the shape (got {list(found)}, expected "
-        f"{list(head.shape)}, or {head.elements} flat)."
-    )
+def _values(flat: list[Any], kind: str) -> npt.NDArray[Any]:
+    """Return numbers, for an array of a kind of numpy's.
+
+    numpy alone would make texts of all where one is a text, each as long as that.
+    Raises: TypeError, OverflowError for what else is among them.
+    """
+    if kind == "f":
+        return np.asarray(array("d", flat))
+    if not set(map(type, flat)) <= ({bool} if kind == "b" else {int, float}):
+        raise TypeError("not all of them are numbers")
+    values = np.asarray(flat)
+    if values.dtype.kind == "O":
+        raise OverflowError("not all of them fit into 64 bits")
+    return values
 
 
 def _texts(head: TensorHead) -> list[bytes]:
-    flat = head.data
-    for _ in range(len(head.shape) - 1):
-        if flat and all(isinstance(item, list) for item in flat):
-            flat = list(itertools.chain.from_iterable(flat))
+    flat, found = _flat(head)
     if not all(isinstance(item, str) for item in flat) or len(flat) != head.elements:
         raise RequestError(
             f"input '{head.name}': 'data' must be {head.elements} texts, for the shape "
             f"{list(head.shape)}."
         )
+    _check_shape(head, found)
     content: Callable[[str], bytes] = str.encode
     if head.parameters.get("content_type") == "base64":
         content = decode_base64
@@ -268,6 +299,28 @@ def _texts(head: TensorHead) -> list[bytes]:
         return [content(item) for item in flat]
     except UnicodeEncodeError:  # half a surrogate pair
         raise RequestError(f"input '{head.name}': 'data' holds what is no text.") from None
+
+
+def _flat(head: TensorHead) -> tuple[list[Any], list[int]]:
+    """Return the data in one list, and the shape it had. Raises RequestError where it has none."""
+    flat: list[Any] = head.data
+    found = [len(flat)]
+    while flat and isinstance(flat[0], list):
+        lengths = {len(row) if isinstance(row, list) else -1 for row in flat}
+        if len(lengths) > 1 or len(found) == MAX_DIMENSIONS:
+            what = "rows differ in length" if len(lengths) > 1 else "it is nested too deep"
+            raise RequestError(f"input '{head.name}': 'data' is of no shape: {what}.")
+        found += lengths
+        flat = list(itertools.chain.from_iterable(flat))
+    return flat, found
+
+
+def _check_shape(head: TensorHead, found: list[int]) -> None:
+    if tuple(found) != head.shape and found != [head.elements]:
+        raise RequestError(
+            f"input '{head.name}': 'data' does not have the shape (got {found}, expected "
+            f"{list(head.shape)}, or {head.elements} flat)."
+        )
 
 
 def decode_base64(text: str) -> bytes:

@@ -23,7 +23,7 @@ from coat_deploy.triton.plan import IMAGE, Plan
 ENCODED = Word("TYPE_STRING")
 WARM_UP_FILE = "image"
 PACKAGE = "coat_deploy"
-MODULES = ("errors", "images", "machine", "runner", "spec", "version")
+MODULES = ("errors", "image_structure", "images", "machine", "runner", "spec", "version")
 """Modules that `images` consists of; each imports nothing but these, NumPy and Pillow."""
 
 _ABOUT = '"""The part of coat-deploy that prepares images, as it was when this was written."""\n'

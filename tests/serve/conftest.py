@@ -16,6 +16,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -28,6 +29,17 @@ from coat_deploy.serve.metrics import Metrics
 from coat_deploy.serve.options import ServeOptions
 
 ROOT = Path(__file__).resolve().parents[2]
+# What is drawn is the same every time, and nothing of it is kept beside the sources.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".pytest_cache" / "hypothesis"))
+settings.register_profile(
+    "repeatable",
+    database=None,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
+
 LABELS = ["bag", "boot", "coat", "dress", "hat"]
 NAMES = ("coat_lite_toy", "coat_toy")
 

@@ -91,7 +91,7 @@ def test_a_bomb_of_pixels(client):
         ({}, "'inputs' must be an image in base64"),
         ({"inputs": 5}, "'inputs' must be an image in base64"),
         ({"inputs": "###"}, "is not base64"),
-        ({"inputs": "", "parameters": []}, "is empty"),
+        ({"inputs": "", "parameters": []}, "'parameters' must be an object"),
         ({"inputs": "", "parameters": [1]}, "'parameters' must be an object"),
         ({"inputs": "", "parameters": {"top": 1}}, "Did you mean 'top_k'?"),
         ({"inputs": "", "parameters": {"top_k": 0}}, "'top_k' must be"),

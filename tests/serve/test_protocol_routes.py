@@ -278,13 +278,41 @@ def test_what_is_no_number_in_json(client, word):
         (binary(data=[1.0]), "has both 'data' and 'binary_data_size'"),
         (binary(shape=[1, 3, 64, 65]), "does not fit the shape"),
         (binary(shape=[0, 2**39, 2**39]), "so large a shape"),
-        (binary(datatype="BYTES"), "are not 12288 elements of BYTES"),
+        (binary(datatype="BYTES", shape=[64]), "are not 64 elements of BYTES"),
         (binary(parameters={"binary_data_size": -1}), "must be a whole number"),
         (binary(parameters={"binary_data_size": 1 << 60}), "has another length"),
     ],
 )
 def test_binary_that_does_not_fit(client, change, words):
     refused(client.post(INFER, **(binary() | change)), 400, words)
+
+
+def test_a_text_among_numbers_does_not_make_them_all_as_long(client):
+    data = ["x" * 10_000_000, *[0] * (PIXELS.size - 1)]  # as an array of texts: half a terabyte
+    document = {"inputs": [head(data=data)]}
+    refused(client.post(INFER, json=document), 400, "holds something else than FP32")
+
+
+def test_millions_of_images_are_refused_before_each_becomes_an_object(client):
+    many, content = 4_000_000, bytes(4 * 4_000_000)  # each of no bytes
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [many]}
+    parameters = {"binary_data_size": len(content)}
+    text = json.dumps({"inputs": [tensor | {"parameters": parameters}]}).encode()
+    answer = client.post(INFER, content=text + content, headers={HEADER_LENGTH: str(len(text))})
+    refused(answer, 413, "input 'image': too many images (got 4000000, expected 1 to 64)")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        flat(id=None, parameters=None, outputs=None),
+        flat(parameters={"timeout": None, "binary_data_output": None}),
+        flat(outputs=[{"name": "logits", "parameters": {"binary_data": None}}]),
+        flat(outputs=[{"name": "logits", "parameters": {"classification": None}}]),
+    ],
+)
+def test_what_is_optional_may_be_null(client, expected, document):
+    np.testing.assert_array_equal(logits(client.post(INFER, json=document)), expected)
 
 
 def test_bytes_with_lengths_that_lie(client):

@@ -52,6 +52,8 @@ def read_infer(
         raise RequestError(f"the message is not a ModelInferRequest ({error!s:.100}).") from error
     _check_counts(message, raw)
     heads = [_head(item) for item in message.inputs]
+    for head in heads:
+        head.check_images(limits.batch)
     if raw:
         inputs = [_raw(head, item) for head, item in zip(heads, raw, strict=True)]
     else:
