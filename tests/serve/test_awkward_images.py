@@ -249,7 +249,7 @@ def test_an_image_gets_the_labels_of_its_pixels(client, content, plain):
 
 @pytest.mark.parametrize("content", [content for content, _ in IMAGES.values()], ids=IMAGES)
 def test_its_labels_are_those_of_the_pixels_that_predict_prepares(client, shared_service, content):
-    pixels = load(content, shared_service.registry.get(NAME).preprocess)
+    pixels = load(content, shared_service.registry.get(NAME).processing.how)
     body = pixels.tobytes()
     answer = client.post(f"/v2/models/{NAME}/infer", content=body, headers={HEADER_LENGTH: "0"})
     length = int(answer.headers[HEADER_LENGTH])
