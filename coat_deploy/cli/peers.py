@@ -11,7 +11,11 @@ BASELINE = f"onnxruntime:{TRACED}"
 
 
 def peer_entries() -> list[Entry]:
-    """Return PyTorch, PyTorch compiled, traced graphs and ours, by every target and precision."""
+    """Return PyTorch, PyTorch compiled, traced graphs and ours, by every target and precision.
+
+    Packages of PyTorch's are named explicitly alone: exporting one of coat_lite_tiny took two
+    minutes of a core, more than all graphs together, and it runs what `eager:compile` compiles.
+    """
     from coat_deploy.backends.select import PRECISIONS, TARGETS
     from coat_deploy.graph.form import FORMS, TRACED_PRECISIONS
 

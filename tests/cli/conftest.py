@@ -24,6 +24,7 @@ from coat_deploy.graph.form import FORMS
 from coat_deploy.measure import bench as measure
 from coat_deploy.measure import limits
 from coat_deploy.measure.proof import probe_images
+from coat_deploy.network import package
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ["bag", "boot", "coat", "dress", "hat", "pants", "shirt", "shoes", "skirt", "sock"]
@@ -161,6 +162,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = ("--target", target, "--models", folder)
             made = run_here("export", name, "--weights", "random:0", *words)
             assert made.status == 0, made.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packaged(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a package of coat_lite_toy, and what its export printed as export.json."""
+    folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("packaged") / "models"))
+    words = ("--target", "aotinductor", "--models", folder, "--json")
+    quick = {**package.CONFIG, "aot_inductor.compile_wrapper_opt_level": "O0"}  # to compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, "CONFIG", quick)
+        made = run_here("export", "coat_lite_toy", *words)
+    assert (made.status, made.err) == (0, ""), made.err
+    (folder / "export.json").write_text(made.out)
     return folder
 
 
