@@ -24,7 +24,6 @@ from coat_deploy.graph.form import FORMS
 from coat_deploy.measure import bench as measure
 from coat_deploy.measure import limits
 from coat_deploy.measure.proof import probe_images
-from coat_deploy.network import package
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ["bag", "boot", "coat", "dress", "hat", "pants", "shirt", "shoes", "skirt", "sock"]
@@ -168,6 +167,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def packaged(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with a package of coat_lite_toy, and what its export printed as export.json."""
+    from coat_deploy.network import package
+
     folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("packaged") / "models"))
     words = ("--target", "aotinductor", "--models", folder, "--json")
     quick = {**package.CONFIG, "aot_inductor.compile_wrapper_opt_level": "O0"}  # to compile

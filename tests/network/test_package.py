@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
+from coat_deploy.network import package
 from coat_deploy.network.coat import create_network
 from coat_deploy.network.fused.fuse import fuse
-from coat_deploy.network import package
 from coat_deploy.network.package import Float32Ends, compile_package
 
 
