@@ -8,7 +8,11 @@ from typing import Any
 
 from coat_deploy.engine import EngineRecord
 from coat_deploy.errors import RepositoryError
+from coat_deploy.package import PackageRecord
 from coat_deploy.spec import MAX_SIDE, Size, format_size
+
+NETWORK = "network"
+"""The form of what has no graph: PyTorch's own network."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -24,14 +28,14 @@ class Artifact:
     `weights_sha256` and `spec_digest` bind it to its parents. `agreement` is what the validation
     at its export measured, or nothing. `choice` is why it has this precision, where the machine
     that exported it chose (`choose.Choice`), or nothing. `engine` is what an engine was built for,
-    None for a graph.
+    `package` what a package was compiled for; both None for a graph. A package has no `opset`.
     """
 
     name: str
     target: str
     precision: str
     form: str
-    opset: int
+    opset: int | None
     size: Size | None
     features: bool
     files: Mapping[str, str]
@@ -43,6 +47,7 @@ class Artifact:
     agreement: Mapping[str, Any] = field(default_factory=dict)
     choice: Mapping[str, Any] = field(default_factory=dict)
     engine: EngineRecord | None = None
+    package: PackageRecord | None = None
 
     @property
     def file(self) -> str:
@@ -61,6 +66,7 @@ class Artifact:
     def to_json(self) -> dict[str, Any]:
         """Return the manifest's entry; without what versions before did not know, if it can be."""
         entry = dataclasses.asdict(self)
+        entry["package"] = self.package.to_json() if self.package else None
         return {key: v for key, v in entry.items() if v or key not in _DEFAULTS}
 
     @classmethod
@@ -84,6 +90,8 @@ class Artifact:
                 )
         if entry["engine"] is not None:
             entry["engine"] = EngineRecord.from_json(entry["engine"], subject)
+        if entry["package"] is not None:
+            entry["package"] = PackageRecord.from_json(entry["package"], subject)
         artifact = cls(**{**entry, "size": tuple(entry["size"]) if entry["size"] else None})
         if artifact.proof not in artifact.files or artifact.proof == artifact.file:
             raise RepositoryError(
@@ -123,7 +131,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "target": _is_text,
     "precision": _is_text,
     "form": _is_text,
-    "opset": lambda value: type(value) is int,
+    "opset": lambda value: value is None or type(value) is int,
     "size": _is_size,
     "features": lambda value: isinstance(value, bool),
     "files": _are_files,
@@ -135,10 +143,11 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "agreement": lambda value: isinstance(value, dict),
     "choice": lambda value: isinstance(value, dict),
     "engine": lambda value: value is None or isinstance(value, dict),
+    "package": lambda value: value is None or isinstance(value, dict),
 }
 """What every field of an entry must hold."""
 
-_DEFAULTS: dict[str, Any] = {"choice": {}, "engine": None}
+_DEFAULTS: dict[str, Any] = {"choice": {}, "engine": None, "package": None}
 """Fields that an entry of an earlier version does not have."""
 
 
@@ -157,6 +166,6 @@ def artifact_name(
         parts.append(format_size(size))
     if features:
         parts.append("features")
-    if form != "authored":
+    if form not in ("authored", NETWORK):
         parts.append(form)
     return "-".join(parts)

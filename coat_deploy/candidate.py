@@ -1,6 +1,7 @@
 """A candidate: an artifact in the making, which must prove itself before it is let in.
 
 graph > file (> engine) > proof > replay > validation
+network > package       > proof > replay > validation
 """
 
 import itertools
@@ -11,7 +12,15 @@ from functools import cached_property
 from onnx import ModelProto
 
 from coat_deploy.artifact import artifact_name
-from coat_deploy.backends.select import ENGINES, STAND_IN, engine_backend, for_gpu, require
+from coat_deploy.backends.select import (
+    ENGINES,
+    PACKAGES,
+    STAND_IN,
+    engine_backend,
+    for_gpu,
+    package_backend,
+    require,
+)
 from coat_deploy.digest import sha256_bytes
 from coat_deploy.engine import BuildOptions, EngineRecord
 from coat_deploy.errors import BelowBar
@@ -30,6 +39,7 @@ from coat_deploy.measure.validate import Batch, Validation, batch_sizes_in_turn,
 from coat_deploy.model import VERSION, WEIGHTS, Staging
 from coat_deploy.network.variants import get_variant
 from coat_deploy.network.weights import fit, read_safetensors
+from coat_deploy.package import PackageRecord
 from coat_deploy.repository import read_labels
 from coat_deploy.runner import LoadOptions, Runner
 from coat_deploy.spec import ModelSpec, Preprocess, Size
@@ -50,6 +60,7 @@ class Recipe:
 
     `nominal` is the size it is proven at, which is `size` unless that is dynamic. `lowering`: what
     the graph's nodes compute in. `build`: how to build its engine, for targets that are engines.
+    Of a package, which has no graph, `opset` is None.
     """
 
     target: str
@@ -58,7 +69,7 @@ class Recipe:
     size: Size | None
     nominal: Size
     features: bool
-    opset: int
+    opset: int | None
     lowering: Lowering = field(default_factory=lambda: Lowering("fp32"))
     build: BuildOptions | None = None
 
@@ -123,6 +134,7 @@ class Candidate:
         recipe, subject = self.recipe, str(self.staging.target.weights_path)
         tensors = read_safetensors(self.staging.folder / WEIGHTS)
         weights = fit(tensors, self.spec, subject=subject)
+        assert recipe.opset is not None
         options = GraphOptions(recipe.size, recipe.features, recipe.opset)
         if recipe.form == "authored":
             form = get_form(recipe.target, recipe.precision)
@@ -156,6 +168,19 @@ class Candidate:
             census=built.census.to_json(),
         )
         return {**engine, **written.files, **log}, record
+
+    def compile(self) -> tuple[Files, PackageRecord]:
+        """Compile the network aside; return the package's file, and what it is for.
+
+        Raises: WeightsError, BackendMissing, DeviceMissing, RunnerError.
+        """
+        recipe = self.recipe
+        assert recipe.size is not None
+        how = LoadOptions(precision=recipe.precision, features=recipe.features, device=self.device)
+        package = package_backend(recipe.target).build(self.staging.folder, recipe.size, how)
+        file = f"{self.name}.pt2"
+        self.staging.write(f"{VERSION}/{file}", package.content)
+        return {file: sha256_bytes(package.content)}, package.record
 
     def load_reference(self, threads: int | None) -> Runner:
         """Load the eager network from the staging folder."""
@@ -203,7 +228,7 @@ class Candidate:
         Raises: BackendMissing when its own target is not installed.
         """
         target = self.recipe.target
-        if not for_gpu(target, self.recipe.precision):
+        if target in PACKAGES or not for_gpu(target, self.recipe.precision):
             return None
         at_hand = self.device == "cuda"
         if target in ENGINES:

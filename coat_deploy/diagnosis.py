@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coat_deploy.backends import eager
 from coat_deploy.backends.select import TARGETS, backend
 from coat_deploy.cache import default_cache_dir
-from coat_deploy.errors import CoatDeployError
+from coat_deploy.errors import BackendMissing, CoatDeployError
 from coat_deploy.finding import Finding, Level
 from coat_deploy.gpu_diagnosis import examine_gpu, gather
 from coat_deploy.import_apart import import_apart
@@ -35,6 +36,7 @@ MODULES = {
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "cuda.bindings.runtime"),
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.bindings.runtime"),
+    "aotinductor": ("torch", "safetensors"),
 }
 """The modules that a target cannot do without."""
 
@@ -120,6 +122,7 @@ def diagnose(models: Path | None = None) -> Diagnosis:
         Finding("ok", "coat-deploy", f"{__version__} at {Path(__file__).parent}"),
         *examine_packages(requirements),
         *examine_machine(machine),
+        *examine_compiler(),
         *clashes.values(),
         *examine_gpu(gather(machine)),
         *examine_targets(states, machine),
@@ -207,6 +210,18 @@ def examine_machine(machine: Machine) -> Iterator[Finding]:
         yield Finding("ok", "gpu", "none, and none is needed")
 
 
+def examine_compiler() -> Iterator[Finding]:
+    """Yield whether there is the C++ compiler that PyTorch calls, where PyTorch is there."""
+    if backend("eager").missing():
+        return
+    try:
+        eager.require_compiler("compiling for aotinductor and eager:compile")
+    except BackendMissing as error:
+        yield Finding("note", "compiler", str(error), "apt install g++")
+    else:
+        yield Finding("ok", "compiler", "a C++ compiler for aotinductor and eager:compile")
+
+
 def _features(machine: Machine) -> Finding:
     has = machine.cpu_features
     told = [next((unit for unit in row if unit[0] in has), None) for row in _MATRIX_UNITS]
@@ -250,7 +265,7 @@ def examine_targets(states: Sequence[TargetState], machine: Machine) -> Iterator
         else:
             level: Level = "problem" if state.installed else "note"
             yield Finding(level, subject, state.error or UNKNOWN, state.command)
-        torch = state.versions.get("torch", "")
+        torch = state.versions.get("torch", "") if state.target == "eager" else ""
         if "+cu" in torch and not machine.gpus:
             what = f"{torch} is built for CUDA; it works, but a CPU build is gigabytes smaller"
             yield Finding("note", "torch", what)

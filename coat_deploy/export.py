@@ -15,8 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coat_deploy.artifact import Artifact
-from coat_deploy.backends.select import ENGINES, PRECISIONS, require
+from coat_deploy.artifact import NETWORK, Artifact
+from coat_deploy.backends.select import (
+    ENGINES,
+    PACKAGES,
+    PRECISIONS,
+    package_backend,
+    require,
+    usable_precisions,
+)
 from coat_deploy.best import BEST, BEST_OF, find_lowering
 from coat_deploy.candidate import Candidate, MakeBatches, Recipe
 from coat_deploy.engine import BuildOptions, EngineOptions, EngineRecord
@@ -30,6 +37,7 @@ from coat_deploy.measure.validate import Validation
 from coat_deploy.model import WEIGHTS, Model, Staging
 from coat_deploy.network.variants import get_variant
 from coat_deploy.network.weights import WeightsOptions, load_checkpoint, to_safetensors
+from coat_deploy.package import PackageRecord
 from coat_deploy.repository import Repository
 from coat_deploy.spec import ModelSpec, Size, WeightsRecord
 from coat_deploy.version import __version__
@@ -49,7 +57,8 @@ class ExportOptions:
     validate: hold the artifact against eager on images, not only on the proof's.
     bar: how close it must be; None takes the precision's.
     opset: of ONNX; None is `DEFAULT_OPSET`, or the first that has the precision's types.
-    device: where it is proven and timed, "cpu" or "cuda", for targets that run on either.
+    device: where it is proven and timed, "cpu" or "cuda", for targets that run on either; what a
+        package is compiled for.
     build: for targets that are engines. keep_fp32, islands: paths of modules, and operators, that
         stay float32 in a graph of lower precision; islands None are the default ones.
     """
@@ -122,6 +131,7 @@ class Exported:
             "choice": dict(self.artifact.choice) or None,
             "engine": engine or None,
             "census": census,
+            "package": self.artifact.package.to_json() if self.artifact.package else None,
         }
 
 
@@ -170,6 +180,8 @@ def prepare(
     """
     require(options.target)
     require("eager")
+    if options.target in PACKAGES:
+        package_backend(options.target).require_compiler(options.device)
     home = repository.home(source) if options.rename is None else repository.new(options.rename)
     _ = home.artifacts  # a manifest that cannot be read is told now, not after the work
     with home.staging() as staging:
@@ -194,6 +206,10 @@ def attempt(
     if options.precision == BEST:
         candidate = replace(candidate, recipe=_best(candidate, options, batches, tell))
         recipe = candidate.recipe
+    if recipe.target in PACKAGES:
+        tell("compiling the network, for minutes")
+        files, package = candidate.compile()
+        return _try(candidate, files, package, options, batches, tell)
     tell("writing the graph" if recipe.form == "authored" else "tracing the graph")
     written, record = candidate.write_graph(), None
     files = written.files
@@ -240,6 +256,8 @@ def settle_recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
             f"precision {precision}: written into the graph, which the traced form cannot do "
             f"(expected one of {', '.join(TRACED_PRECISIONS)}). Leave --form out."
         )
+    if options.target in PACKAGES:
+        return _settle_package(spec, options, precision)
     lowering = _settle_types(options, precision)
     opset = options.opset or max(DEFAULT_OPSET, MIN_OPSETS.get(lowering.precision, 0))
     check_opset(opset)
@@ -255,6 +273,41 @@ def settle_recipe(spec: ModelSpec, options: ExportOptions) -> Recipe:
         opset=opset,
         lowering=lowering,
         build=_settle_build(spec, options, precision, nominal),
+    )
+
+
+def _settle_package(spec: ModelSpec, options: ExportOptions, precision: str) -> Recipe:
+    """Return what to compile. Raises UsageError, GraphError."""
+    target = options.target
+    if precision not in usable_precisions(target, options.device):
+        raise UsageError(
+            f"{target} {precision}: is compiled for NVIDIA GPUs alone. Take fp32, or add "
+            "--device cuda where there is one."
+        )
+    if options.dynamic:
+        raise UsageError(
+            f"{target}: is compiled for images of one size. Say which with --size, or leave it out."
+        )
+    of_graphs = (options.opset, options.islands, options.keep_fp32 or None)
+    if options.form == "traced" or any(given is not None for given in of_graphs):
+        raise UsageError(
+            f"{target}: is compiled of the network, without an ONNX graph. Leave --form, --opset, "
+            "--keep-fp32 and --islands out."
+        )
+    if options.build != EngineOptions():
+        raise UsageError(
+            f"{target}: takes any batch, and is no engine. Leave the options of engines out."
+        )
+    size = options.size or spec.preprocess.input_size
+    check_size(get_variant(spec.architecture), size)
+    return Recipe(
+        target=target,
+        precision=precision,
+        form=NETWORK,
+        size=size,
+        nominal=size,
+        features=options.features,
+        opset=None,
     )
 
 
@@ -289,8 +342,9 @@ def _settle_build(
 
 def precisions(target: str) -> tuple[str, ...]:
     """Return what can be exported for `target`, the most exact first. Raises UsageError."""
-    if target not in FORMS:
-        raise UsageError(unknown_name("target to export to", target, FORMS))
+    known = (*FORMS, *PACKAGES)
+    if target not in known:
+        raise UsageError(unknown_name("target to export to", target, known))
     return PRECISIONS[target]
 
 
@@ -323,7 +377,7 @@ def _stage_weights(
 def _try(
     candidate: Candidate,
     files: dict[str, str],
-    record: EngineRecord | None,
+    record: EngineRecord | PackageRecord | None,
     options: ExportOptions,
     batches: MakeBatches | None,
     tell: Progress,
@@ -353,10 +407,11 @@ def _try(
 def _artifact(
     candidate: Candidate,
     files: dict[str, str],
-    record: EngineRecord | None,
+    record: EngineRecord | PackageRecord | None,
     agreement: dict[str, Any],
 ) -> Artifact:
     recipe = candidate.recipe
+    package = record if isinstance(record, PackageRecord) else None
     return Artifact(
         name=candidate.name,
         target=recipe.target,
@@ -372,10 +427,11 @@ def _artifact(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         tools={
             "coat-deploy": __version__,
-            "onnx": importlib.metadata.version("onnx"),
+            **({} if package else {"onnx": importlib.metadata.version("onnx")}),
             "torch": require("eager").version(),
             recipe.target: require(recipe.target).version(),
         },
         agreement=agreement,
-        engine=record,
+        engine=record if isinstance(record, EngineRecord) else None,
+        package=package,
     )

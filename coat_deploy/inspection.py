@@ -18,12 +18,12 @@ class Inspection:
     """An artifact of a model, described without loading it into its runtime.
 
     `census`: layers by precision, kind and stage, as of `census.Census.to_json`: of an engine as
-    its builder reported them, of a graph its nodes.
+    its builder reported them, of a graph its nodes; None of a package, which is machine code.
     """
 
     model: Model
     artifact: Artifact
-    census: dict[str, Any]
+    census: dict[str, Any] | None
 
     @property
     def files(self) -> dict[str, int]:
@@ -75,6 +75,7 @@ class Inspection:
             "outputs": self.outputs,
             "weights": record.to_json() if record else None,
             "engine": engine,
+            "package": self.artifact.package.to_json() if self.artifact.package else None,
             "census": self.census,
         }
 
@@ -114,6 +115,8 @@ def inspect(model: Model, artifact: Artifact) -> Inspection:
     model.check_files(artifact)
     if artifact.engine:
         return Inspection(model, artifact, dict(artifact.engine.census))
+    if artifact.package:
+        return Inspection(model, artifact, None)
     if importlib.util.find_spec("onnx") is None:
         raise BackendMissing(
             "inspect: reading a graph takes onnx, which is not installed. "

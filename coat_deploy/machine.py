@@ -9,6 +9,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,9 @@ _FEATURES = {
     "sve": "sve",
     "sve2": "sve2",
 }
+# Those that a compiler told to use what the processor has may put anywhere, not only where a
+# program asks for them.
+_COMPILED = re.compile(r"avx|amx|s?sse|pni|fma|f16c|bmi|abm|popcnt|movbe|adx|gfni")
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,22 @@ def describe(root: Path = Path("/")) -> Machine:
 def usable_threads(root: Path = Path("/")) -> int:
     """Return how many hardware threads this process may use: affinity and cgroup quota counted."""
     return _limited(len(_usable_cpus()), _cpu_quota(root))
+
+
+def instruction_sets(root: Path = Path("/")) -> tuple[str, ...]:
+    """Return the processor's instructions that compilers use, sorted, as the kernel names them.
+
+    Of an Arm processor all that the kernel tells; none where it tells nothing (not Linux).
+    """
+    cpuinfo = _read(root / "proc/cpuinfo")
+    arm = _field(cpuinfo, "Features").split()
+    x86 = [flag for flag in _field(cpuinfo, "flags").split() if _COMPILED.match(flag)]
+    return tuple(sorted({*arm, *x86}))
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """Return the name of the processor, or "unknown"."""
+    return _cpu_name(_read(root / "proc/cpuinfo"))
 
 
 def resident_memory_mib() -> float | None:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from coat_deploy.artifact import Artifact
+from coat_deploy.artifact import NETWORK, Artifact
 from coat_deploy.digest import sha256_file
 from coat_deploy.errors import (
     CorruptArtifact,
@@ -160,7 +160,7 @@ class Model:
         words = ["coat-deploy", "export", self.name, "--target", wanted.target]
         if wanted.precision:
             words += ["--precision", wanted.precision]
-        if wanted.form not in (None, "authored"):
+        if wanted.form not in (None, "authored", NETWORK):
             words += ["--form", str(wanted.form)]
         if wanted.size is None and isinstance(wanted, Artifact):
             words += ["--size", "dynamic"]
@@ -171,6 +171,8 @@ class Model:
         if isinstance(wanted, Artifact) and wanted.engine:
             for profile in wanted.engine.profiles:
                 words += ["--batch", ",".join(map(str, profile.batch))]
+        if isinstance(wanted, Artifact) and wanted.package and wanted.package.device != "cpu":
+            words += ["--device", wanted.package.device]
         return shlex.join([*words, "--models", str(self.written_to or self.folder.parent)])
 
     def check_parents(self, artifact: Artifact) -> None:

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coat_deploy.artifact import Artifact
+from coat_deploy.artifact import NETWORK, Artifact
 from coat_deploy.backends.select import (
+    CHOSEN,
     ENGINES,
+    PACKAGES,
     PRECISIONS,
     TARGETS,
     check_provider,
     engine_backend,
+    for_gpu,
+    package_backend,
     require,
     unusable,
 )
@@ -63,7 +67,7 @@ class Source:
     @property
     def form(self) -> str:
         """How the graph was written; the network itself for eager."""
-        return self.artifact.form if self.artifact else "network"
+        return self.artifact.form if self.artifact else NETWORK
 
     @property
     def sha256(self) -> str:
@@ -91,6 +95,7 @@ class Source:
 def default_target(model: Model, precision: str | None = None) -> str:
     """Return the first target that the model has logits for and that can run here, or eager.
 
+    Never one that runs with PyTorch alone: it is used where it is named.
     With a `precision`, the first that it has logits in this precision for.
     """
     exported = {
@@ -98,7 +103,7 @@ def default_target(model: Model, precision: str | None = None) -> str:
         for artifact in model.artifacts
         if not artifact.features and precision in (None, artifact.precision)
     }
-    targets = [target for target in TARGETS if target in exported]
+    targets = [target for target in CHOSEN if target in exported]
     usable = [target for target in targets if unusable(target) is None]
     # An artifact whose runtime or GPU is not there is still the one that was meant.
     return next(iter([*usable, *targets]), EAGER)
@@ -147,7 +152,7 @@ def open_source(source: Source, options: LoadOptions) -> Runner:
         return source.loader(options)()
     source.model.check_parents(source.artifact)
     source.model.check_files(source.artifact)
-    check_engine(source.model, source.artifact)
+    check_machine(source.model, source.artifact, options.device)
     kept = options.cache or compiled_folder(source.target, source.artifact.files)
     known = kept is not None and holds_kept(kept)
     options = replace(options, cache=kept)
@@ -161,10 +166,38 @@ def open_source(source: Source, options: LoadOptions) -> Runner:
         return _open_proven(source, source.artifact, options)
 
 
-def check_engine(model: Model, artifact: Artifact) -> None:
-    """Raise StaleArtifact for an engine of another library, version or GPU than are here."""
-    if artifact.target not in ENGINES:
+def check_machine(model: Model, artifact: Artifact, device: str) -> None:
+    """Raise StaleArtifact for what was built or compiled for another machine than this.
+
+    For an engine of another library, version or GPU; a package of another version of PyTorch,
+    another kind of processor or GPU, or another device than the `device` it shall run on.
+    """
+    if artifact.target in ENGINES:
+        _check_engine(model, artifact)
+    elif artifact.target in PACKAGES:
+        _check_package(model, artifact, device)
+
+
+def _check_package(model: Model, artifact: Artifact, device: str) -> None:
+    package = artifact.package
+    if package is None:
+        raise CorruptArtifact(
+            f"{model.path(artifact)}: the manifest does not say what this package is for. "
+            f"Run: {model.export_command(artifact)}"
+        )
+    reason = package_backend(artifact.target).mismatch(package, device)
+    if reason is None:
         return
+    if for_gpu(artifact.target, artifact.precision):
+        device = "cuda"  # the only one it can be compiled for
+    again = replace(artifact, package=replace(package, device=device))
+    raise StaleArtifact(
+        f"{model.path(artifact)}: not a package for this machine: {reason}. "
+        f"Compile it here: {model.export_command(again)}"
+    )
+
+
+def _check_engine(model: Model, artifact: Artifact) -> None:
     if artifact.engine is None:
         raise CorruptArtifact(
             f"{model.path(artifact)}: the manifest does not say what this engine is for. "

@@ -36,32 +36,34 @@ def version() -> str:
     return importlib.metadata.version("torch")
 
 
-def require_compiler() -> None:
-    """Raise BackendMissing unless there is the C++ compiler that `torch.compile` calls."""
+def require_compiler(user: str = "torch.compile") -> None:
+    """Raise BackendMissing unless there is the C++ compiler that PyTorch calls for `user`."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if sys.platform != "win32" and shutil.which(compiler) is None:
         raise BackendMissing(
-            f"torch.compile: its C++ compiler is not installed (expected {compiler}). "
-            "Install it, or name another in CXX."
+            f"{user}: its C++ compiler is not installed (expected {compiler}). "
+            "Install it (Debian, Ubuntu: apt install g++), or name another in CXX."
         )
 
 
-def require_for(options: LoadOptions) -> None:
+def require_for(options: LoadOptions, target: str = "eager") -> None:
     """Raise unless this machine has what `options` ask for, before anything is loaded.
+
+    `target`: in whose name errors speak.
 
     Raises: BackendMissing where `torch.compile` has no compiler, or fused kernels on a GPU no
     Triton; DeviceMissing where PyTorch has no GPU.
     """
     if options.compile:
-        require_compiler()
+        require_compiler("torch.compile" if target == "eager" else target)
     if options.device != "cuda":
         return
     import torch
 
     if not torch.cuda.is_available():
-        raise DeviceMissing(f"eager: PyTorch {torch.__version__} finds no NVIDIA GPU.")
+        raise DeviceMissing(f"{target}: PyTorch {torch.__version__} finds no NVIDIA GPU.")
     if options.fused and importlib.util.find_spec("triton") is None:
-        raise BackendMissing("eager: the fused kernels need Triton. Run: pip install triton")
+        raise BackendMissing(f"{target}: the fused kernels need Triton. Run: pip install triton")
 
 
 def load(path: Path, options: LoadOptions) -> "EagerRunner":
@@ -71,6 +73,14 @@ def load(path: Path, options: LoadOptions) -> "EagerRunner":
     `require_for`.
     """
     require_for(options)
+    return EagerRunner(load_network(path, options.features), options)
+
+
+def load_network(path: Path, features: bool) -> Any:
+    """Return the network of the model folder `path`, in evaluation mode, on the CPU.
+
+    Raises: SpecError, WeightsError as the folder's files deserve.
+    """
     import torch
 
     from coat_deploy.model import Model
@@ -82,13 +92,13 @@ def load(path: Path, options: LoadOptions) -> "EagerRunner":
     network = create_network(
         model.spec.architecture,
         model.spec.num_classes,
-        features=options.features,
+        features=features,
         **model.spec.model_args,
     )
     state = {key: torch.from_numpy(value) for key, value in tensors.items()}
     # Without its head the network leaves the head's weights over.
-    network.load_state_dict(state, strict=not options.features)
-    return EagerRunner(network.eval(), options)
+    network.load_state_dict(state, strict=not features)
+    return network.eval()
 
 
 def _fused(network: Any, dtype: Any) -> Any:

@@ -5,9 +5,10 @@ from typing import cast
 
 from coat_deploy.engine import EngineBackend
 from coat_deploy.errors import BackendMissing, UsageError, unknown_name
+from coat_deploy.package import PackageBackend
 from coat_deploy.runner import Backend
 
-TARGETS = ("eager", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+TARGETS = ("eager", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "aotinductor")
 """Every target, in the order of tables; each is a file of this folder."""
 
 PRECISIONS = {
@@ -16,6 +17,7 @@ PRECISIONS = {
     "openvino": ("fp32", "bf16"),
     "tensorrt": ("fp32", "tf32", "fp16", "bf16"),
     "tensorrt-rtx": ("fp32", "tf32", "fp16", "bf16"),
+    "aotinductor": ("fp32", "fp16", "bf16"),
 }
 """What each target computes in; the first is its default."""
 
@@ -25,10 +27,19 @@ EAGER_PRECISIONS = (*PRECISIONS["eager"], "fp16", "bf16")
 ENGINES = ("tensorrt", "tensorrt-rtx")
 """Targets whose artifacts are engines, built of a graph for one kind of machine."""
 
-GPU_PRECISIONS = {"onnxruntime": ("fp16",)}
+PACKAGES = ("aotinductor",)
+"""Targets whose artifacts PyTorch compiles of the network itself, for one kind of machine.
+
+They run with PyTorch alone, so that one is used where it is named, and never served.
+"""
+
+CHOSEN = tuple(target for target in TARGETS if target not in PACKAGES)
+"""Targets that may be chosen where none is named, the first wanted first."""
+
+GPU_PRECISIONS = {"onnxruntime": ("fp16",), "aotinductor": ("fp16", "bf16")}
 """Precisions of a target that runs on either device which are for the GPU alone."""
 
-ON_GPUS = ("eager", "onnxruntime", *ENGINES)
+ON_GPUS = ("eager", "onnxruntime", *ENGINES, *PACKAGES)
 """Targets that run on a GPU; those that are no engines do so where they are asked to."""
 
 PROVIDED = ("onnxruntime",)
@@ -52,6 +63,12 @@ def engine_backend(target: str) -> EngineBackend:
     return cast(EngineBackend, require(target))
 
 
+def package_backend(target: str) -> PackageBackend:
+    """Return the backend of a target of `PACKAGES`, installed. Raises BackendMissing."""
+    assert target in PACKAGES
+    return cast(PackageBackend, require(target))
+
+
 def require(target: str) -> Backend:
     """Return the backend of `target`, installed. Raises BackendMissing with the command."""
     module = backend(target)
@@ -65,6 +82,13 @@ def check_provider(target: str, provider: str | None) -> None:
     """Raise UsageError for a provider of a target that has none to choose from."""
     if provider and target not in PROVIDED:
         raise UsageError(f"{target}: has no --provider, {PROVIDED[0]} alone has. Leave it out.")
+
+
+def check_served(target: str | None) -> None:
+    """Raise UsageError for a target that no server runs."""
+    if target in ("eager", *PACKAGES):
+        why = "" if target == "eager" else ": it takes PyTorch, which a server does without"
+        raise UsageError(f"target {target}: is not served{why}. Export the model for a runtime.")
 
 
 def for_gpu(target: str, precision: str | None) -> bool:

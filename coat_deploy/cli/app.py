@@ -59,6 +59,7 @@ EXAMPLES = {
         $ coat-deploy export coat_tiny --weights timm
         $ coat-deploy export coat_tiny --target openvino --precision bf16
         $ coat-deploy export coat_tiny --target tensorrt --precision fp16 --batch 1,8,64
+        $ coat-deploy export coat_tiny --target aotinductor
         $ coat-deploy export coat_tiny --size dynamic --images photos/
         $ coat-deploy export coat_mini --weights my.pth --labels my.txt --as my_mini
     """,

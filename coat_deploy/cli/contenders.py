@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from coat_deploy.artifact import NETWORK
 from coat_deploy.cli import console
 from coat_deploy.errors import (
     BackendMissing,
@@ -46,13 +47,14 @@ class Entry:
     @classmethod
     def parse(cls, text: str) -> "Entry":
         """Read an entry. Raises UsageError for a word that is neither precision nor form."""
-        from coat_deploy.backends.select import EAGER_PRECISIONS, PRECISIONS, TARGETS
+        from coat_deploy.backends.select import EAGER_PRECISIONS, PACKAGES, PRECISIONS, TARGETS
         from coat_deploy.graph.form import FORM_NAMES
 
         target, *words = text.split(":")
         if target not in TARGETS:
             raise UsageError(unknown_name("target", target, TARGETS))
-        forms = EAGER_FORMS if target == EAGER else FORM_NAMES
+        graphs = () if target in PACKAGES else FORM_NAMES
+        forms = EAGER_FORMS if target == EAGER else graphs
         precisions = EAGER_PRECISIONS if target == EAGER else PRECISIONS[target]
         precision = form = None
         for word in words:
@@ -63,8 +65,8 @@ class Entry:
             else:
                 known = (*precisions, *forms)
                 raise UsageError(unknown_name(f"precision or form of {target}", word, known))
-        if form is None and target != EAGER:
-            form = FORM_NAMES[0]
+        if form is None and target != EAGER and graphs:
+            form = graphs[0]
         return cls(text, target, precision or precisions[0], form)
 
     @property
@@ -199,7 +201,7 @@ class LineUp:
                     name=entry.text,
                     target=entry.target,
                     precision=entry.precision or "fp32",
-                    form=entry.form or ("network" if entry.target == EAGER else "authored"),
+                    form=entry.form or NETWORK,
                     batch=batch,
                     size=self.size,
                     threads=count,
@@ -253,7 +255,7 @@ def line_up(
 def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str | None) -> None:
     """Add what to open for an entry, after trying it."""
     from coat_deploy.backends.select import ON_GPUS, require, unusable
-    from coat_deploy.open import check_engine, find_source, selftest
+    from coat_deploy.open import check_machine, find_source, selftest
 
     require(entry.target)
     if lineup.device == "cuda" and entry.target not in ON_GPUS:
@@ -271,8 +273,9 @@ def _start(lineup: LineUp, repository: "Repository", entry: Entry, weights: str 
     if source.artifact:
         source.model.check_parents(source.artifact)
         source.model.check_files(source.artifact)
-        check_engine(source.model, source.artifact)
-        with source.loader(lineup.load_options(entry))() as runner:
+        load = lineup.load_options(entry)
+        check_machine(source.model, source.artifact, load.device)
+        with source.loader(load)() as runner:
             agreement = selftest(source.model, source.artifact, runner)
         lineup.agreements[entry.text] = agreement.to_json()
     lineup.sources[entry.text] = source

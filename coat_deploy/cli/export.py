@@ -27,7 +27,8 @@ def export(
         str,
         typer.Option(
             metavar="NAME",
-            help="Runtime to export for: onnxruntime, openvino, tensorrt or tensorrt-rtx.",
+            help="Runtime to export for: onnxruntime, openvino, tensorrt, tensorrt-rtx or "
+            "aotinductor.",
         ),
     ] = "onnxruntime",
     precision: Annotated[
@@ -35,8 +36,9 @@ def export(
         typer.Option(
             metavar="NAME",
             help="fp32; for onnxruntime also int8, and fp16 on GPUs, for openvino bf16, for "
-            "engines tf32, fp16 and bf16, and best: fp16 with the fewest blocks in fp32 that it "
-            "takes; auto: what runs best here of those that agree, by measuring. Default: fp32.",
+            "aotinductor fp16 and bf16 on GPUs, for engines tf32, fp16 and bf16, and best: fp16 "
+            "with the fewest blocks in fp32 that it takes; auto: what runs best here of those that "
+            "agree, by measuring. Default: fp32.",
         ),
     ] = None,
     weights: Annotated[
@@ -166,6 +168,10 @@ def export(
     An engine is built of the graph, strongly typed, and what each of its layers computes in is
     read back: one that is not what was asked fails the export. Without a GPU, which tensorrt-rtx
     does not need to build, the graph is held against PyTorch by another runtime.
+
+    For aotinductor PyTorch compiles the network itself, for minutes, to a package (.pt2) for just
+    this version of PyTorch and this kind of processor or, with --device cuda, GPU; it needs a C++
+    compiler. A package is machine code: load only those that you trust.
     """
     from coat_deploy.choose import ChooseOptions, choose
     from coat_deploy.cli.choice_report import render_choice
@@ -303,6 +309,8 @@ def render(exported: "Exported") -> str:
         facts.append(("max |delta|", agreement["max_abs_difference"]))
         if agreement["top1_agreement"] is not None:
             facts.append(("top-1 agreement", format_share(agreement["top1_agreement"])))
+    if package := artifact.package:
+        facts.append(("compiled for", f"{package.device}, by PyTorch {package.host.torch}"))
     if artifact.engine:
         shares = artifact.engine.census["by_precision"].items()
         layers = ", ".join(f"{format_share(v['share'])} {name}" for name, v in shares)

@@ -28,9 +28,10 @@ def inspect(
 ) -> None:
     """Show what an artifact is, and what its layers compute in.
 
-    Inputs, outputs, files, an engine's profiles, where it came from, and a census: how many layers
-    compute in which precision, by kind and by stage of the network. Of an engine they are the
-    layers that its builder reported, of a graph its nodes. Loads nothing into a runtime.
+    Inputs, outputs, files, an engine's profiles, what a package was compiled for, where it came
+    from, and a census: how many layers compute in which precision, by kind and by stage of the
+    network. Of an engine they are the layers that its builder reported, of a graph its nodes; a
+    package is machine code, and has none. Loads nothing into a runtime.
     """
     from coat_deploy.inspection import find_artifact
     from coat_deploy.inspection import inspect as run
@@ -47,10 +48,11 @@ def render(found: "Inspection") -> str:
     """Return all there is to know, in tables."""
     artifact, engine = found.artifact, found.artifact.engine
     size = format_size(artifact.size) if artifact.size else "dynamic"
+    opset = "" if artifact.opset is None else f", opset {artifact.opset}"
     facts: list[tuple[str, object]] = [
         ("target", artifact.target),
         ("precision", artifact.precision),
-        ("form", f"{artifact.form}, opset {artifact.opset}, size {size}"),
+        ("form", f"{artifact.form}{opset}, size {size}"),
         *((f"input {name}", _shape(shape)) for name, shape in found.inputs.items()),
         *((f"output {name}", _shape(shape)) for name, shape in found.outputs.items()),
     ]
@@ -59,6 +61,13 @@ def render(found: "Inspection") -> str:
         facts.append(("built on", _device(engine.gpu, engine.compute_capability)))
         facts += [(f"profile {i}", profile) for i, profile in enumerate(engine.profiles)]
         facts += [(name.replace("_", " "), value) for name, value in engine.options.items()]
+    if package := artifact.package:
+        host = package.host
+        facts.append(("compiled for", f"{package.device}, by PyTorch {host.torch}"))
+        facts.append(("compiled on", f"{host.cpu}, {host.system} {host.machine}"))
+        if package.device != "cpu":
+            facts.append(("for the GPU", _device(host.gpu, host.compute_capability)))
+        facts.append(("instructions", ", ".join(host.instructions) or "unknown"))
     facts += [(name, f"{count / 2**20:.1f} MiB") for name, count in found.files.items()]
     record = found.model.weights_record
     facts += [
@@ -70,6 +79,8 @@ def render(found: "Inspection") -> str:
     ]
     census = found.census
     title = f"{found.model.name}: {artifact.name}"
+    if census is None:
+        return f"{title}\n\n{render_facts(facts)}"
     what = "layers of the engine" if engine else "nodes of the graph"
     return "\n".join(
         [

@@ -127,17 +127,16 @@ def kserve(
 
 def _artifact(model: "Model", server: str, target: str | None, precision: str | None) -> "Artifact":
     """Return the artifact to serve; another machine runs it. Raises UsageError, RepositoryError."""
-    from coat_deploy.backends.select import TARGETS
+    from coat_deploy.backends.select import CHOSEN, check_served
     from coat_deploy.model import ArtifactQuery
-    from coat_deploy.open import EAGER, find_source
+    from coat_deploy.open import find_source
 
     with_logits = [artifact for artifact in model.artifacts if not artifact.features]
     # Triton serves feature maps as well, our server does not.
     features = server == "triton" and bool(model.artifacts) and not with_logits
     there = {artifact.target for artifact in (model.artifacts if features else with_logits)}
-    target = target or next((name for name in TARGETS if name in there), "onnxruntime")
-    if target == EAGER:
-        raise UsageError("target eager: is not served. Export the model, and name its target.")
+    target = target or next((name for name in CHOSEN if name in there), "onnxruntime")
+    check_served(target)
     query = ArtifactQuery(target, precision, features=features)
     artifact = find_source(model, query).artifact
     assert artifact is not None

@@ -14,6 +14,7 @@ from coat_deploy.errors import UsageError
 if TYPE_CHECKING:
     from coat_deploy.cli.inputs import Images
     from coat_deploy.labels import ScoredLabel
+    from coat_deploy.model import Model
     from coat_deploy.open import Source
     from coat_deploy.runner import LoadOptions
 
@@ -123,7 +124,7 @@ def predict(
         classifier = Classifier(source, replace(load, threads=how.threads(threads)), top)
         label_folder(images, classifier, how, strict, as_json)
     if target is None and source.artifact is None:
-        console.note(f"{opened.name}: no artifact for logits was exported; running PyTorch.")
+        console.note(f"{opened.name}: {_why_eager(opened)}; running PyTorch.")
     record = opened.weights_record
     if record and record.source.startswith("random"):
         console.note(f"{opened.name}: its weights are {record.source}; the labels mean nothing.")
@@ -166,6 +167,14 @@ def _list_labels(
     else:
         console.emit(render(predictions, top))
     found.finish(strict)
+
+
+def _why_eager(model: "Model") -> str:
+    """Return why no artifact was chosen."""
+    named = sorted({a.target for a in model.artifacts if not a.features})
+    if named:
+        return f"{', '.join(named)} alone was exported, which runs where --target names it"
+    return "no artifact for logits was exported"
 
 
 def render(predictions: Sequence[dict[str, Any]], top: int) -> str:

@@ -40,19 +40,21 @@ def selftest(
     Needs neither PyTorch nor photographs. Exit status 3 if an artifact does not reproduce its
     proof, or is no longer the file that was exported.
     """
-    from coat_deploy.graph.form import FORMS
+    from coat_deploy.backends.select import TARGETS
     from coat_deploy.model import ArtifactQuery
+    from coat_deploy.open import EAGER
     from coat_deploy.repository import Repository
     from coat_deploy.runner import LoadOptions
 
     load = LoadOptions(threads=threads, device=device, provider=provider)
-    if target is not None and target not in FORMS:
-        raise UsageError(unknown_name("target", target, FORMS))
+    known = [name for name in TARGETS if name != EAGER]
+    if target is not None and target not in known:
+        raise UsageError(unknown_name("target", target, known))
     opened = Repository.open(models).find(model)
     artifacts = [a for a in opened.artifacts if target in (None, a.target)]
     if not artifacts:
         of = f" of {target}" if target else ""
-        command = opened.export_command(ArtifactQuery(target or next(iter(FORMS))))
+        command = opened.export_command(ArtifactQuery(target or known[0]))
         raise RepositoryError(f"{opened.folder}: no artifact{of} to test. Run: {command}")
     with console.steps(f"testing {opened.name}") as tell:
         results = []
@@ -85,7 +87,7 @@ def selftest(
 def test(model: "Model", artifact: "Artifact", options: "LoadOptions") -> dict[str, Any]:
     """Replay an artifact's proof; return how that went, `passed` None if it could not be tried."""
     from coat_deploy.backends.select import unusable
-    from coat_deploy.open import Source, check_engine
+    from coat_deploy.open import Source, check_machine
     from coat_deploy.open import selftest as replay
 
     result: dict[str, Any] = {
@@ -102,7 +104,7 @@ def test(model: "Model", artifact: "Artifact", options: "LoadOptions") -> dict[s
     try:
         model.check_parents(artifact)
         model.check_files(artifact)
-        check_engine(model, artifact)
+        check_machine(model, artifact, options.device)
         with Source(model, artifact.target, artifact).loader(options)() as runner:
             agreement = replay(model, artifact, runner)
     except SpecError:

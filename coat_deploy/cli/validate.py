@@ -146,7 +146,11 @@ def validate(
         "min_top1_agreement": min_top1_agreement,
     }
     bar = get_bar(source.precision).override(**{k: v for k, v in limits.items() if v is not None})
-    changed = examine(source, artifact)
+    if by_block and artifact.package:
+        raise UsageError(
+            f"--by-block: {artifact.name} has no inner tensors to return. Leave it out."
+        )
+    changed = examine(source, artifact, device)
     taps = block_taps(source.path) if by_block else ()
     unlabelled = match_labels(found, read_labels(opened.spec)) if not features else ""
     if unlabelled:
@@ -242,12 +246,18 @@ def find_artifact(
     return source, source.artifact
 
 
-def examine(source: "Source", artifact: "Artifact") -> str | None:
+def examine(source: "Source", artifact: "Artifact", device: str) -> str | None:
     """Return what changed in the artifact's files since its export, None if nothing did.
 
-    Raises: StaleArtifact, for then PyTorch's side is another network.
+    Raises: StaleArtifact, for then PyTorch's side is another network, or this is a machine that the
+    artifact is not for; CorruptArtifact for a package that changed: it is machine code.
     """
+    from coat_deploy.open import check_machine
+
     source.model.check_parents(artifact)
+    if artifact.package:
+        source.model.check_files(artifact)
+    check_machine(source.model, artifact, device)
     try:
         source.model.check_files(artifact)
     except CorruptArtifact as error:

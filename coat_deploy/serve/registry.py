@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
+from coat_deploy.backends.select import check_served
 from coat_deploy.errors import CoatDeployError, RepositoryError, RequestError, UsageError
 from coat_deploy.machine import usable_threads
 from coat_deploy.model import CONFIG, MANIFEST, Model
@@ -79,6 +80,7 @@ class Registry:
                 tell(f"{served.name}: {served.source.path.name} is ready")
 
     def _wanted(self) -> list[Model]:
+        check_served(self._options.target)
         if self._options.names:
             models = [self._repository.find(name) for name in self._options.names]
             for model in models:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from coat_deploy.backends.select import PRECISIONS, TARGETS
+from coat_deploy.backends.select import CHOSEN, PRECISIONS, check_served
 from coat_deploy.errors import RepositoryError, SpecError, UsageError
 from coat_deploy.model import VERSION, ArtifactQuery, Model
 from coat_deploy.open import EAGER, Source, default_target, find_source
@@ -104,8 +104,7 @@ def find_served(model: Model, options: ServeOptions) -> Source:
     Best is what `export --precision auto` chose, if it did, else as `predict` chooses.
     Raises: UsageError, RepositoryError with the export that is needed.
     """
-    if options.target == EAGER:
-        raise UsageError("target eager: is not served. Export the model for a runtime.")
+    check_served(options.target)
     if not model.spec.num_classes:
         raise UsageError(f"{model.folder}: has no classifier (num_classes is 0). Nothing to serve.")
     target, precision = options.target, options.precision
@@ -115,7 +114,7 @@ def find_served(model: Model, options: ServeOptions) -> Source:
         if precision is None and chosen:
             precision = chosen[-1].precision
     if target == EAGER:  # nothing was exported; the target that could be is told how
-        known = {t: PRECISIONS[t] for t in TARGETS if t != EAGER}
+        known = {t: PRECISIONS[t] for t in CHOSEN if t != EAGER}
         target = next((t for t in known if precision in (None, *known[t])), next(iter(known)))
     return find_source(model, ArtifactQuery(target, precision))
 

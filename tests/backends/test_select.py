@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from coat_deploy.backends.select import PRECISIONS, TARGETS, backend, require
+from coat_deploy.backends.select import PACKAGES, PRECISIONS, TARGETS, backend, require
 from coat_deploy.errors import BackendMissing, UsageError
 from coat_deploy.graph.form import FORMS
 
@@ -19,11 +19,13 @@ def test_every_target_is_a_backend_with_a_version(target: str) -> None:
     assert callable(module.load)
 
 
-def test_every_target_has_precisions_and_all_but_eager_a_form() -> None:
+def test_every_target_has_precisions_and_all_of_graphs_a_form() -> None:
     assert tuple(PRECISIONS) == TARGETS
     assert all(precisions[0] == "fp32" for precisions in PRECISIONS.values())
     assert {target: tuple(forms) for target, forms in FORMS.items()} == {
-        target: precisions for target, precisions in PRECISIONS.items() if target != "eager"
+        target: precisions
+        for target, precisions in PRECISIONS.items()
+        if target not in ("eager", *PACKAGES)
     }
 
 
@@ -44,6 +46,7 @@ def test_a_module_that_is_no_backend_is_no_target(name: str) -> None:
     [
         ("eager", "torch", 'pip install "coat-deploy[torch]"'),
         ("eager", "safetensors", 'pip install "coat-deploy[torch]"'),
+        ("aotinductor", "torch", 'pip install "coat-deploy[torch]"'),
         ("onnxruntime", "onnxruntime", 'pip install "coat-deploy[cpu]"'),
         ("openvino", "openvino", 'pip install "coat-deploy[openvino]"'),
         ("tensorrt", "tensorrt", 'pip install "coat-deploy[tensorrt]"'),

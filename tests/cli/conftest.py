@@ -164,6 +164,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def packaged(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a package of coat_lite_toy, and what its export printed as export.json."""
+    from coat_deploy.network import package
+
+    folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("packaged") / "models"))
+    words = ("--target", "aotinductor", "--models", folder, "--json")
+    quick = {**package.CONFIG, "aot_inductor.compile_wrapper_opt_level": "O0"}  # to compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, "CONFIG", quick)
+        made = run_here("export", "coat_lite_toy", *words)
+    assert (made.status, made.err) == (0, ""), made.err
+    (folder / "export.json").write_text(made.out)
+    return folder
+
+
 @pytest.fixture
 def models(exported: Path, tmp_path: Path) -> Path:
     """A copy of `exported` that the test may do with as it likes."""

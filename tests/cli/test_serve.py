@@ -12,6 +12,7 @@ from coat_deploy.serve import server
         (("coat_toy", "coat_toy"), 2, "model coat_toy: is named twice"),
         (("coat_toy", "--target", "onnxruntim"), 2, "Did you mean 'onnxruntime'?"),
         (("coat_toy", "--target", "eager"), 2, "target eager: is not served"),
+        (("--target", "eager"), 2, "target eager: is not served"),
         (("coat_toy", "--precision", "int8"), 1, "Run: coat-deploy export coat_toy"),
         (("--token-file", "none"), 1, "none: the token cannot be read"),
         (("--tls-cert", "none"), 1, "TLS: needs both a certificate and its key"),

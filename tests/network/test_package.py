@@ -5,14 +5,18 @@ import sys
 import pytest
 import torch
 
+from coat_deploy.network import package
 from coat_deploy.network.coat import create_network
 from coat_deploy.network.fused.fuse import fuse
-from coat_deploy.network.package import compile_package
+from coat_deploy.network.package import Float32Ends, compile_package
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # PyTorch's own
-def test_a_fused_network_is_packed_and_runs_without_its_code(randomise, tmp_path) -> None:
+def test_a_fused_network_is_packed_and_runs_without_its_code(
+    randomise, tmp_path, monkeypatch
+) -> None:
+    quick = {**package.CONFIG, "aot_inductor.compile_wrapper_opt_level": "O0"}  # to compile
+    monkeypatch.setattr(package, "CONFIG", quick)
     network = create_network("coat_lite_toy", num_classes=10)
     randomise(network)
     fused = fuse(copy.deepcopy(network), feed_forward=False)
@@ -35,3 +39,14 @@ def test_a_fused_network_is_packed_and_runs_without_its_code(randomise, tmp_path
         expected = network.eval()(pixels)
     assert torch.allclose(many, expected, atol=1e-5)
     assert torch.allclose(one, expected[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_a_network_of_a_low_type_takes_and_returns_float32(features) -> None:
+    network = create_network("coat_lite_toy", num_classes=10, features=features).eval()
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        outputs = Float32Ends(network.to(torch.bfloat16))(pixels)
+    outputs = outputs if features else (outputs,)
+    assert len(outputs) == (4 if features else 1)
+    assert all(output.dtype == torch.float32 for output in outputs)
