@@ -1,6 +1,7 @@
 """Fixtures every folder of tests shares."""
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,16 @@ from types import ModuleType
 
 import pytest
 
+from coat_deploy.machine import usable_threads
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# Workers side by side divide the cores, and so do the processes they start: OpenMP's threads wait
+# for each other by spinning, and more of them than cores spin most of the time. Libraries read
+# this once, when they are loaded, so it is set before any of them is.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_threads() // _WORKERS)))
 
 
 @pytest.fixture(scope="session", autouse=True)
