@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# A file's tests stay together: they share what they made.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# A file's tests stay together: they share what they made. tests/conftest.py orders the files.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SOURCES := coat_deploy tests examples docs cli.py
 
 .PHONY: demo test test-fast test-triton check format docs clean

@@ -333,8 +333,8 @@ def test_other_options_hold_and_the_nominal_size_is_timed(models, timed, fields,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced_once")
 def test_a_traced_graph_is_chosen_among_traced_ones(models, timed):
-    pytest.importorskip("onnxscript")
     timed(2.0)
     assert run(models, form="traced").artifact.name == "onnxruntime-bf16-traced"
 

@@ -128,8 +128,8 @@ def test_openvino_gets_an_artifact_of_its_own(models, precision, dynamic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FEATURES))
+@pytest.mark.usefixtures("traced_once")
 def test_a_traced_artifact_is_made_and_proven(models, name):
-    pytest.importorskip("onnxscript")
     exported = run(models, name, form="traced")
     assert (exported.artifact.name, exported.artifact.form) == ("onnxruntime-fp32-traced", "traced")
     assert exported.validation is not None and exported.validation.passed

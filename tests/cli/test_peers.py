@@ -17,7 +17,7 @@ ON_A_CPU = {
 
 
 @pytest.fixture
-def three(monkeypatch):
+def three(monkeypatch, traced_once):
     """Three peers that start quickly, of those there are."""
     names = ("onnxruntime:traced", "onnxruntime", "openvino")
     monkeypatch.setattr(peers, "peer_entries", lambda: [Entry.parse(name) for name in names])

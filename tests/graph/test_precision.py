@@ -15,7 +15,6 @@ from coat_deploy.graph.precision import (
     computed_types,
     lower,
 )
-from coat_deploy.graph.traced import trace_graph
 from coat_deploy.network.variants import VARIANTS
 from coat_deploy.network.weights import load_checkpoint
 from coat_deploy.spec import ModelSpec, Preprocess
@@ -193,9 +192,10 @@ def test_feature_maps_are_lowered_too() -> None:
     assert min(cosines(expected[name], got[name]).min() for name in expected) > 0.9999
 
 
-def test_a_traced_graph_can_be_lowered() -> None:
+@pytest.mark.slow
+def test_a_traced_graph_can_be_lowered(trace) -> None:
     spec = spec_of("coat_lite_toy")
-    model = trace_graph(spec, load_checkpoint("random:0", spec).tensors, GraphOptions((64, 64)))
+    model = trace(spec, load_checkpoint("random:0", spec).tensors, GraphOptions((64, 64)))
     x = pixels(2)
     expected, got = run(model, x)["logits"], run(lower(model, Lowering("fp16")), x)["logits"]
     assert cosines(expected, got).min() > 0.9999
