@@ -66,7 +66,9 @@ def serve(options: ServeOptions, listen: ListenOptions, place: socket.socket, te
                 time.sleep(WATCH_S)
         finally:
             _end(started, listen)
-    failed = [process for process in started if process.exitcode]
+    # One that was still starting ends by the signal itself; it had taken nothing.
+    fine = (0, -signal.SIGTERM) if ended else (0,)
+    failed = [process for process in started if process.exitcode not in fine]
     if failed or not ended:
         status = failed[0].exitcode if failed else 0
         raise ServerError(
