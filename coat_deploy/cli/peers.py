@@ -14,8 +14,8 @@ def peer_entries() -> list[Entry]:
     """Return PyTorch, PyTorch compiled, traced graphs and ours, by every target and precision.
 
     Packages of PyTorch's are contenders only where they are named: to compile one took 47 s for
-    coat_lite_tiny and 172 s for coat_tiny on two cores, longer than a whole run's budget, and
-    `eager:compile` stands for the same compiler.
+    coat_lite_tiny and 172 s for coat_tiny on two cores, where 20 s measure all contenders of a
+    batch size, and `eager:compile` stands for the same compiler.
     """
     from coat_deploy.backends.select import PRECISIONS, TARGETS
     from coat_deploy.graph.form import FORMS, TRACED_PRECISIONS
