@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coat_deploy.graph.quantize import quantize_rows
+from coat_deploy.graph.quantize import MOST, quantize_rows
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -21,8 +21,12 @@ def test_a_weight_is_kept_to_half_a_step_of_its_row() -> None:
 def test_the_largest_entry_of_a_row_is_kept() -> None:
     weight = draw(20, 30)
     integers, scale = quantize_rows(weight)
-    assert (np.abs(integers).max(axis=1) == 127).all()
-    assert np.abs(weight).max(axis=1) == pytest.approx(127 * scale)
+    assert (np.abs(integers).max(axis=1) == MOST).all()
+    assert np.abs(weight).max(axis=1) == pytest.approx(MOST * scale)
+
+
+def test_two_products_fit_into_sixteen_bits() -> None:
+    assert 2 * 255 * MOST <= np.iinfo(np.int16).max < 2 * 255 * (MOST + 1)
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
