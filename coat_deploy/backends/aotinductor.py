@@ -132,7 +132,7 @@ def load(path: Path, options: LoadOptions) -> "AotInductorRunner":
         # As `torch._inductor.aoti_load_package`, which has but one copy of the network's memory:
         # concurrent calls would wait for each other.
         package = load_package(str(path), num_runners=options.streams)
-    except Exception as error:
+    except Exception as error:  # of an archive, a library or a device: they share no base
         raise RunnerError(f"{path}: PyTorch does not load it: {_first_line(error)}") from error
     return AotInductorRunner(package.loader, description, options)
 
