@@ -49,7 +49,7 @@ def run_trial(trial: Trial, threads: int) -> dict[str, Any]:
     """
     from coat_deploy.train.loop import Training
     from coat_deploy.train.plan import Plan
-    from coat_deploy.train.processes import open_processes
+    from coat_deploy.train.processes import flushing_denormals, open_processes
     from coat_deploy.train.start import SCRATCH, plan_spec
 
     splits = open_splits(trial.source, trial.options)
@@ -62,8 +62,8 @@ def run_trial(trial: Trial, threads: int) -> dict[str, Any]:
     spec = plan_spec(
         trial.cell.variant.name, labels, trial.recipe, model_args=dict(trial.cell.model_args)
     )
-    network = trial.cell.network(len(labels), trial.recipe)
-    with TemporaryDirectory(prefix="coat-study-") as folder:
+    with flushing_denormals(), TemporaryDirectory(prefix="coat-study-") as folder:
+        network = trial.cell.network(len(labels), trial.recipe)
         plan = Plan(spec, network, trial.recipe, splits.train, splits.validation, Path(folder))
         outcome = Training(plan, processes).run()
     top1 = outcome.quality.top1

@@ -85,7 +85,8 @@ class Evaluation:
         crops = self._crop(chosen) if cropped is None else [cropped[i] for i in chosen]
         read = [(i, crop) for i, crop in zip(chosen, crops, strict=True) if crop is not None]
         blank = np.zeros((3, *self._how.input_size), np.uint8)
-        pixels = np.stack([crop for _, crop in read] or [blank])
+        # Crops are stored as images are, and a convolution computes otherwise in that layout.
+        pixels = np.ascontiguousarray(np.stack([crop for _, crop in read] or [blank]))
         tensor = torch.from_numpy(normalise(pixels, self._how.mean, self._how.std))
         with torch.no_grad(), accelerator.autocast():
             logits = network(tensor.to(accelerator.device)).float().cpu().numpy()

@@ -25,6 +25,7 @@ from coat_deploy.train.finish import METRICS, RECIPE, Story, write_model
 from coat_deploy.train.loop import Training
 from coat_deploy.train.losses import LAST_BATCH
 from coat_deploy.train.plan import Outcome, Plan
+from coat_deploy.train.processes import flushing_denormals
 from coat_deploy.train.progress import EpochReport, Watcher
 from coat_deploy.train.recipe import Recipe, read_recipe
 from coat_deploy.train.records import Chronicle, Dispensable
@@ -119,7 +120,7 @@ class Job:
             return metrics
         check_place(self.model, resume=resume, overwrite=overwrite)
         checkpoint = load_checkpoint(self._folder) if resume else None
-        with self._making_folder() if first else contextlib.nullcontext():
+        with flushing_denormals(), self._making_folder() if first else contextlib.nullcontext():
             training = self._training(accelerator, checkpoint, stop)
             history = self._watched(training, watchers) if first else None
             try:

@@ -3,7 +3,9 @@
 One process on one device by default; several when started by `accelerate launch` or `torchrun`.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -46,8 +48,6 @@ def open_processes(recipe: Recipe, device: str = "auto", threads: int | None = N
     if threads:
         torch.set_num_threads(threads)
     recipe = settle_precision(recipe, device)
-    # Values too small for normal floats slow a CPU down and mean nothing here.
-    torch.set_flush_denormal(True)
     # Accelerate keeps one state a process, and would refuse a second training's precision.
     AcceleratorState._reset_state()
     with warnings.catch_warnings():
@@ -65,6 +65,21 @@ def open_processes(recipe: Recipe, device: str = "auto", threads: int | None = N
         # Gradients of depthwise windows may be laid out otherwise, which costs next to nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return accelerator
+
+
+@contextlib.contextmanager
+def flushing_denormals() -> Iterator[None]:
+    """Take values too small for normal floats for 0: they slow a CPU down and mean nothing here.
+
+    Threads take it over from the one that starts them, so begin before anything is computed.
+    """
+    smallest = torch.full((1,), torch.finfo(torch.float32).smallest_normal)
+    flushed = (smallest / 2).item() == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed)
 
 
 def _check_sharding(accelerator: Accelerator) -> None:

@@ -145,6 +145,7 @@ def test_a_failing_command_says_one_line_and_exits(error, status, said, capsys, 
 def test_a_signal_is_an_interrupt_whatever_error_it_becomes(number, word, capsys, monkeypatch):
     """A signal that meets the import of an extension makes an ImportError of it."""
     monkeypatch.setitem(console.settings, "debug", False)
+    before = signal.signal(number, signal.SIG_DFL)  # ignored by nohup, for example
 
     @console.guarded
     def command() -> None:
@@ -154,8 +155,11 @@ def test_a_signal_is_an_interrupt_whatever_error_it_becomes(number, word, capsys
         except KeyboardInterrupt as interrupt:
             raise ImportError("initialization failed") from interrupt
 
-    with pytest.raises(typer.Exit) as left:
-        command()
+    try:
+        with pytest.raises(typer.Exit) as left:
+            command()
+    finally:
+        signal.signal(number, before)
     assert left.value.exit_code == 128 + number
     assert capsys.readouterr().err.startswith(f"coat-deploy: {word}; ")
 

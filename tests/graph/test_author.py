@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from coat_deploy.errors import GraphError
 from coat_deploy.graph.author import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, Author, Value
 from coat_deploy.graph.layer import Layer
+from coat_deploy.graph.quantize import MOST
 
 X = Value("x")
 OPSETS = range(MIN_OPSET, MAX_OPSET + 1)
@@ -168,7 +169,7 @@ def test_an_int8_linear_is_the_product_of_its_rounded_inputs(compute, bias) -> N
     step = (high - low) / 255
     zero = np.clip(np.rint(-low / step), 0, 255)
     rounded = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
-    steps = np.abs(weight).max(axis=1, keepdims=True).astype(np.float64) / 127
+    steps = np.abs(weight).max(axis=1, keepdims=True).astype(np.float64) / MOST
     expected = rounded @ (np.rint(weight / steps) * steps).T + (0 if bias is None else bias)
     assert np.abs(compute(a, x, 2) - expected).max() < 1e-5
 

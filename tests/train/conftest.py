@@ -27,7 +27,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)  # as trainings set it, for the whole process
 
 
 @pytest.fixture(scope="session")

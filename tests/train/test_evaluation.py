@@ -55,6 +55,16 @@ def test_it_finds_what_the_command_evaluate_finds(toys, accelerator, how, memory
     assert found.nll > 0.1  # or it would be equal by chance
 
 
+@pytest.mark.parametrize("memory", [PLENTY, 0])
+def test_images_lie_in_memory_as_runners_take_them(toys, accelerator, memory):
+    """In another layout, convolutions of some machines round otherwise."""
+    network, seen = toys.network(), []
+    network.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    how = toys.spec().preprocess
+    Evaluation(toys.Pictures(3), how, 2, memory, True).run(network, accelerator)
+    assert [pixels.is_contiguous() for pixels in seen] == [True, True]
+
+
 def test_batches_of_any_size_find_the_same(toys, accelerator):
     pictures, network = toys.Pictures(17, size=SIZES), toys.network()
     how = toys.spec().preprocess

@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from coat_deploy.errors import UsageError
 from coat_deploy.machine import describe
 from coat_deploy.train import processes
-from coat_deploy.train.processes import open_processes, settle_precision
+from coat_deploy.train.processes import flushing_denormals, open_processes, settle_precision
 
 
 def test_one_process_on_the_cpu(toys):
@@ -72,9 +72,14 @@ def test_threads_are_set_where_they_are_given(toys):
     torch.set_num_threads(1)
 
 
-def test_numbers_too_small_for_normal_floats_are_zero(toys):
-    open_processes(toys.recipe(), "cpu")
-    assert (torch.tensor([1e-39]) * 1).item() == 0
+def test_numbers_too_small_for_normal_floats_are_zero_for_a_while():
+    small = torch.tensor([1e-39])
+    with flushing_denormals():
+        assert (small * 1).item() == 0
+        with flushing_denormals():
+            pass
+        assert (small * 1).item() == 0
+    assert (small * 1).item() != 0
 
 
 @pytest.mark.parametrize(
