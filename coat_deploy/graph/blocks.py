@@ -29,17 +29,21 @@ LAYER_NORM_EPS = 1e-6
 PARALLEL_SCALES = (2, 3, 4)
 
 
-def conv_position(a: Author, weights: Weights, path: str, x: Tokens) -> Tokens:
-    """Return tokens with CPE, X + DWConv(X), as one convolution; unchanged where it is left out.
+def conv_position(a: Author, weights: Weights, path: str, x: Tokens, form: GraphForm) -> Tokens:
+    """Return tokens with CPE, X + DWConv(X); unchanged where it is left out.
 
     `path` leads to the scale's shared encoding, "cpe1" to "cpe4".
     """
     if f"{path}.proj.weight" not in weights:
         return x
-    weight = fold_position(weights[f"{path}.proj.weight"])
+    weight, bias = weights[f"{path}.proj.weight"], weights[f"{path}.proj.bias"]
+    if form.fold_position:
+        weight = fold_position(weight)
     with a.scope("cpe"):
         feature_map = to_map(a, x.image, x.grid)
-        encoded = a.depthwise(feature_map, weight, weights[f"{path}.proj.bias"], "conv", key=path)
+        encoded = a.depthwise(feature_map, weight, bias, "conv", key=path)
+        if not form.fold_position:
+            encoded = a.add(feature_map, encoded, name="sum")
         return Tokens(from_map(a, encoded, x.grid.channels), x.cls, x.grid)
 
 
@@ -58,7 +62,7 @@ def serial_block(
     `both_read`: whether image and class token of the result are both needed.
     """
     with a.scope(path):
-        x = conv_position(a, weights, f"cpe{scale}", x)
+        x = conv_position(a, weights, f"cpe{scale}", x, form)
         y = norm_attend(a, weights, path, scale, x, form, num_heads)
         return norm_ffn(a, weights, path, "mlp", add_tokens(a, x, y), form, both_read)
 
@@ -81,7 +85,7 @@ def parallel_block(
         encoded, attended = [], []
         for s, x in zip(PARALLEL_SCALES, scales, strict=True):
             with a.scope(f"scale{s}"):
-                x = conv_position(a, weights, f"cpe{s}", x)
+                x = conv_position(a, weights, f"cpe{s}", x, form)
                 encoded.append(x)
                 attended.append(norm_attend(a, weights, path, s, x, form, num_heads, f"{s}"))
         if exchange_scales:

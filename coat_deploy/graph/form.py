@@ -32,6 +32,8 @@ class GraphForm:
         biases come along for nothing.
     keys: how S, the softmax of K over the tokens, is taken. "transposed": along the rows of
         K^T = Wk X^T; "rows": down the columns of K = X Wk^T, and what reads it takes the transpose.
+    fold_position: whether the sum in CPE, X + DWConv(X), is a 1 at the centre of its window. Not
+        where it is computed in a low type: next to the 1, the window's numbers lose their digits.
     fold_norm: the affine part of a LayerNorm moves into the layers that read it: by their weights
         and biases ("bias"), or so that they need no bias ("channel"), which pays where a bias is
         a pass of its own (`folds`). None leaves it with the norm.
@@ -54,6 +56,7 @@ class GraphForm:
     fold_context_ratio: float = 2.0
     fold_proj_ratio: float = math.inf
     keys: Keys = "transposed"
+    fold_position: bool = True
     fold_norm: NormFold | None = None
     fold_shared_to: int = 256
     int8_from: int | None = None
@@ -81,6 +84,7 @@ _TENSORRT_TYPES: Mapping[str, Types] = {
 _TENSORRT = {
     precision: GraphForm(
         keys="rows",
+        fold_position=types == "fp32",
         fold_norm="bias",
         resize_layout="nchw",
         resize_sizes="computed",
@@ -94,12 +98,16 @@ FORMS: Mapping[str, Mapping[str, GraphForm]] = {
     "onnxruntime": {
         "fp32": GraphForm(fold_norm="channel", fold_proj_ratio=4),
         # For CUDA, whose Resize knows channels first alone, and not measured.
-        "fp16": GraphForm(keys="rows", fold_norm="bias", resize_layout="nchw", types="fp16"),
+        "fp16": GraphForm(
+            keys="rows", fold_position=False, fold_norm="bias", resize_layout="nchw", types="fp16"
+        ),
         "int8": GraphForm(int8_from=64),
     },
     "openvino": {
         "fp32": GraphForm(keys="rows", fold_norm="bias", resize_layout="nchw"),
-        "bf16": GraphForm(keys="rows", fold_norm="bias", join_ffn_to=8, resize_layout="nchw"),
+        "bf16": GraphForm(
+            keys="rows", fold_position=False, fold_norm="bias", join_ffn_to=8, resize_layout="nchw"
+        ),
     },
     "tensorrt": _TENSORRT,
     "tensorrt-rtx": _TENSORRT,

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from coat_deploy.errors import GraphError
 from coat_deploy.graph.check import check_graph, shape_operators
-from coat_deploy.graph.form import GraphForm
+from coat_deploy.graph.form import GraphForm, get_form
 from coat_deploy.network.keys import expected_shapes
 from coat_deploy.network.variants import VARIANTS
 from coat_deploy.runner import FEATURES
@@ -322,6 +322,24 @@ def test_a_constant_bears_the_name_of_the_weight_it_holds(make_case) -> None:
         "head.bias",
     ):
         assert np.array_equal(stored[key], case.weights[key])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("tensorrt", "fp16"),
+        ("tensorrt-rtx", "bf16"),
+        ("onnxruntime", "fp16"),
+        ("openvino", "bf16"),
+    ],
+)
+def test_a_window_of_a_low_type_is_stored_without_the_one_of_its_sum(make_case, how) -> None:
+    case = make_case("coat_toy")
+    graph = case.graph(form=get_form(*how)).graph
+    stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    for scale in (1, 2, 3, 4):
+        window = case.weights[f"cpe{scale}.proj.weight"]
+        assert np.array_equal(stored[f"cpe{scale}.weight"], window)
 
 
 # Refusals

@@ -27,6 +27,7 @@ FORM_CHOICES = {
     "norm-in-bias": GraphForm(fold_norm="bias"),
     "shared-norms-kept": GraphForm(fold_norm="bias", fold_shared_to=0),
     "keys-as-rows": GraphForm(keys="rows"),
+    "position-apart": GraphForm(fold_position=False),
     "ffn-joined": GraphForm(join_ffn_to=math.inf),
     "all-of-it": GraphForm(fold_norm="channel", fold_proj_ratio=4, join_ffn_to=0.5),
 }
