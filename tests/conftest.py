@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from collections import Counter
@@ -37,6 +38,16 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COAT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_logs_put_back() -> Iterator[None]:
+    """The command line sets how much is logged, for good; it is run in this process, too."""
+    loggers = [logging.getLogger(name) for name in ("coat_deploy", "coat_deploy.serve")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

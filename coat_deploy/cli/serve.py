@@ -218,14 +218,14 @@ def serve(
 
 def run(options: "ServeOptions", listen: "ListenOptions") -> None:
     """Serve until a signal."""
-    from coat_deploy.serve import processes, server
+    from coat_deploy.serve import listener, processes, server
     from coat_deploy.serve.rpc.address import check_free
 
     # What happens to models while they are served is for whoever reads the log.
     logging.getLogger("coat_deploy.serve").setLevel(logging.INFO)
     server.check_certificate(listen)
     processes.check(options, listen)
-    place = server.bind(listen)
+    place = listener.bind(listen)
     if listen.host not in ("127.0.0.1", "::1", "localhost") and listen.token is None:
         console.note(f"{listen.host}: whoever reaches this address may ask; no token is set.")
     try:

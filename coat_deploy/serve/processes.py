@@ -61,6 +61,7 @@ def serve(options: ServeOptions, listen: ListenOptions, place: socket.socket, te
         ]
         for process in started:
             process.start()
+        place.close()  # theirs now; with ours open, connections would wait for nobody at the end
         try:
             while not ended and all(process.is_alive() for process in started):
                 time.sleep(WATCH_S)

@@ -22,6 +22,7 @@ from coat_deploy.serve.access_log import AccessLog
 from coat_deploy.serve.connection import connections
 from coat_deploy.serve.http import build_app
 from coat_deploy.serve.inference import InferenceService
+from coat_deploy.serve.listener import emptied, turn_away
 from coat_deploy.serve.metrics import Metrics
 from coat_deploy.serve.options import ListenOptions, ServeOptions
 
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 BACKLOG = 1024
 KEEP_ALIVE_S = 75
 LINGER_S = 0.2
-"""How long requests that were on their way when the end began still find their connection."""
+"""How long connections and requests that were on their way when the end began are waited for."""
 FIRST_WORD_S = 2.0
 """How long a connection that has just been made is given to say what it was made for."""
 
@@ -44,24 +45,6 @@ SAME_SIGNAL_S = 1.0
 """A signal so soon after another is the same one, sent to a process and to its group."""
 
 Tell = Callable[[str], None]
-
-
-def bind(listen: ListenOptions) -> socket.socket:
-    """Return a socket at the address. Raises ServerError when it cannot be had."""
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    place = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.bind((listen.host, listen.port))
-    except (OSError, OverflowError) as error:
-        place.close()
-        reason = getattr(error, "strerror", None) or error
-        raise ServerError(
-            f"{listen.host}:{listen.port}: cannot listen there ({reason}). "
-            "Choose another --port or --host."
-        ) from error
-    place.setblocking(False)
-    return place
 
 
 def check_certificate(listen: ListenOptions) -> None:
@@ -190,6 +173,10 @@ class Server(uvicorn.Server):
         self._service.drain()
         if self._listen.drain_delay_s:
             await asyncio.sleep(self._listen.drain_delay_s)
+        places = sockets or []
+        turn_away(places)
+        await asyncio.sleep(LINGER_S)
+        await emptied(places, FIRST_WORD_S)
         for server in self.servers:
             server.close()
         ending = asyncio.create_task(self.rpc.stop(self._listen.drain_s)) if self.rpc else None
@@ -202,7 +189,6 @@ class Server(uvicorn.Server):
 
     async def _hear_out(self) -> None:
         """Wait for requests that are on their way; idle connections are closed after it."""
-        await asyncio.sleep(LINGER_S)
         until = time.monotonic() + FIRST_WORD_S
         while time.monotonic() < until and not self.force_exit:
             if not any(getattr(c, "expecting", False) for c in self.server_state.connections):
