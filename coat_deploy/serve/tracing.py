@@ -1,7 +1,8 @@
-"""Traces for OpenTelemetry, where its packages are installed.
+"""Traces for OpenTelemetry, where its packages are installed and its SDK was started.
 
 Where spans go is set by OpenTelemetry's own environment variables, and by whoever starts its SDK,
-such as `opentelemetry-instrument`.
+such as `opentelemetry-instrument`. Without one, spans would be made for nobody: they cost an
+answer as much time as all else that is done for it beside computing.
 """
 
 import importlib.util
@@ -14,8 +15,8 @@ GRPC_PACKAGE = "opentelemetry.instrumentation.grpc"
 
 
 def traced(app: ASGIApp) -> ASGIApp:
-    """Return the application with a span a request, or as it is where the package is not there."""
-    if not _installed(HTTP_PACKAGE):
+    """Return the application with a span a request, or as it is where nobody would have them."""
+    if not _wanted(HTTP_PACKAGE):
         return app
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
@@ -24,16 +25,20 @@ def traced(app: ASGIApp) -> ASGIApp:
 
 
 def grpc_interceptors() -> list[Any]:
-    """Return what makes a span of a call over gRPC; none where the package is not there."""
-    if not _installed(GRPC_PACKAGE):
+    """Return what makes a span of a call over gRPC; none where nobody would have them."""
+    if not _wanted(GRPC_PACKAGE):
         return []
     from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
     return [aio_server_interceptor(filter_=filters.negate(filters.health_check()))]
 
 
-def _installed(package: str) -> bool:
+def _wanted(package: str) -> bool:
     try:
-        return importlib.util.find_spec(package) is not None
+        if importlib.util.find_spec(package) is None:
+            return False
     except ModuleNotFoundError:  # not even the parent
         return False
+    from opentelemetry import trace
+
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)

@@ -44,6 +44,14 @@ def test_without_its_packages_nothing_is_traced(monkeypatch):
     assert tracing.grpc_interceptors() == []
 
 
+def test_where_nobody_started_its_sdk_nothing_is_traced(monkeypatch):
+    trace = pytest.importorskip("opentelemetry.trace")
+    pytest.importorskip("opentelemetry.instrumentation.asgi")
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
+    assert tracing.traced("app") == "app"
+    assert tracing.grpc_interceptors() == []
+
+
 def test_requests_over_http_are_spans_and_looks_at_health_are_not(spans, shared_service):
     client = TestClient(build_app(shared_service, Metrics()), raise_server_exceptions=False)
     assert client.get("/v2/models/coat_toy").status_code == 200
