@@ -1,26 +1,30 @@
 """The image for CPUs, built and run for real where there is a Docker daemon."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from coat_deploy.images import normalise
 from coat_deploy.measure.proof import probe_images
 from coat_deploy.model import ArtifactQuery, Model
 from coat_deploy.open import find_source, open_source
-from coat_deploy.runner import LoadOptions, Pixels
+from coat_deploy.runner import Array, LoadOptions, Pixels
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "coat-deploy:test"
@@ -86,6 +90,36 @@ def pixels_of(model: Model, count: int) -> Pixels:
     return normalise(probe_images(how.input_size, count), how.mean, how.std)
 
 
+@dataclass(frozen=True)
+class Served:
+    """A container that serves a model, and what the artifact alone makes of some pixels."""
+
+    container: str
+    model: str
+    pixels: Pixels
+    logits: Array
+    jpeg: bytes
+
+    def address(self, port: int) -> str:
+        """Return where a port of the container is reached."""
+        return docker("port", self.container, str(port)).splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def served(image, toy_models) -> Iterator[Served]:
+    """The image, serving over HTTP and gRPC."""
+    model = Model(toy_models / "coat_lite_toy")
+    pixels = pixels_of(model, 2)
+    with open_source(find_source(model, ArtifactQuery("onnxruntime")), LoadOptions()) as runner:
+        logits = runner.run(pixels)["logits"]
+    (photo,) = probe_images((90, 120), 1)
+    jpeg = io.BytesIO()
+    Image.fromarray(photo.transpose(1, 2, 0)).save(jpeg, "JPEG")
+    published = ("--publish", "127.0.0.1::8000", "--publish", "127.0.0.1::8001")
+    with serving(image, toy_models, published) as container:
+        yield Served(container, model.name, pixels, logits, jpeg.getvalue())
+
+
 def test_it_is_small_and_holds_no_pytorch(image) -> None:
     assert int(docker("image", "inspect", "--format", "{{.Size}}", image)) < MAX_IMAGE_BYTES
     listed = docker("run", "--rm", "--entrypoint", "python3", image, "-c",
@@ -98,20 +132,31 @@ def test_it_runs_as_nobody_special(image) -> None:
     assert docker("run", "--rm", "--entrypoint", "id", image, "-u") == "10001"
 
 
-def test_it_serves_read_only_and_answers_as_the_artifact_does(image, toy_models) -> None:
+def test_it_serves_read_only_and_answers_as_the_artifact_does(served) -> None:
     client = pytest.importorskip("tritonclient.http")
-    model = Model(toy_models / "coat_lite_toy")
-    pixels = pixels_of(model, 2)
-    with open_source(find_source(model, ArtifactQuery("onnxruntime")), LoadOptions()) as runner:
-        expected = runner.run(pixels)["logits"]
-    wanted = client.InferInput("pixels", list(pixels.shape), "FP32")
-    wanted.set_data_from_numpy(pixels)
-    with serving(image, toy_models, ("--publish", "127.0.0.1::8000")) as container:
-        address = docker("port", container, "8000").splitlines()[0]
-        server = client.InferenceServerClient(address)
-        answer = server.infer(model.name, [wanted]).as_numpy("logits")
-        server.close()
-    np.testing.assert_allclose(answer, expected, atol=1e-4)
+    for module, port in ((client, 8000), (pytest.importorskip("tritonclient.grpc"), 8001)):
+        wanted = module.InferInput("pixels", list(served.pixels.shape), "FP32")
+        wanted.set_data_from_numpy(served.pixels)
+        with module.InferenceServerClient(served.address(port)) as server:
+            answer = server.infer(served.model, [wanted]).as_numpy("logits")
+        np.testing.assert_allclose(answer, served.logits, atol=1e-4)
+
+
+def test_it_labels_an_image_for_hugging_faces_client_and_for_anything_that_speaks_http(
+    served,
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    url = f"http://{served.address(8000)}/models/{served.model}"
+    expected = [(item.label, item.score) for item in hub.InferenceClient(model=url)
+                .image_classification(served.jpeg)]  # fmt: skip
+    assert len(expected) == 5 and expected == sorted(expected, key=lambda item: -item[1])
+    with urllib.request.urlopen(urllib.request.Request(url, served.jpeg), timeout=30) as answer:
+        answers = [answer.read()]
+    if shutil.which("curl"):
+        words = ["curl", "--silent", "--fail", "--max-time", "30", "--data-binary", "@-", url]
+        answers.append(subprocess.run(words, input=served.jpeg, capture_output=True).stdout)
+    for text in answers:
+        assert [(item["label"], item["score"]) for item in json.loads(text)] == expected
 
 
 def test_stopped_it_answers_what_it_took(image, toy_models) -> None:

@@ -1,7 +1,10 @@
 """The clients that people have, against the server as a process."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 NAME = "coat_lite_toy"
 PIXELS = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
@@ -61,6 +64,27 @@ def test_tritonclient_classifies(asked, triton, jpeg):
     image = triton.InferInput("image", [1], "BYTES")
     image.set_data_from_numpy(np.array([jpeg], dtype=np.object_))
     assert asked.infer(NAME, [image], outputs=wanted).as_numpy("logits").shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["Landscape", "Portrait"])
+def test_photographs_of_every_orientation_get_the_logits_of_the_upright(
+    asked, triton, shared_data, name
+):
+    """As Pillow turns them; each file was compressed anew, so no two of them are the same image."""
+
+    def logits(content):
+        image = triton.InferInput("image", [1], "BYTES")
+        image.set_data_from_numpy(np.array([content], dtype=np.object_))
+        return asked.infer(NAME, [image]).as_numpy("logits")[0]
+
+    upright = logits((shared_data / "exif-orientation" / f"{name}_1.jpg").read_bytes())
+    for orientation in range(9):
+        path = shared_data / "exif-orientation" / f"{name}_{orientation}.jpg"
+        turned = io.BytesIO()
+        ImageOps.exif_transpose(Image.open(path)).convert("RGB").save(turned, "PNG")
+        answer = logits(path.read_bytes())
+        np.testing.assert_allclose(answer, logits(turned.getvalue()), atol=1e-3)
+        assert answer.argmax() == upright.argmax()
 
 
 def test_tritonclient_is_told_what_is_wrong(asked, triton):
