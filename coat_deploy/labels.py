@@ -28,7 +28,7 @@ def top_labels(logits: Array, labels: Sequence[str], count: int) -> list[ScoredL
             "logits: hold NaN or infinity, so there is no first class. "
             "Try a wider precision, or validate the artifact."
         )
-    shifted = logits.astype(np.float64) - logits.max()
-    scores = np.exp(shifted) / np.exp(shifted).sum()
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    scores = weights / weights.sum()
     best = np.argsort(-scores, kind="stable")[:count]
     return [{"label": labels[i], "score": float(scores[i])} for i in best]

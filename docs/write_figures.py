@@ -81,10 +81,14 @@ def cell(record: Record | None, baseline: Record | None) -> str:
 
 
 def machines(records: list[Record]) -> list[list[Record]]:
-    """Return the records of each processor, that with most of them first."""
-    groups: dict[str, list[Record]] = {}
+    """Return the records of each processor, that with most of them first.
+
+    Virtual machines name none of their models: what it can compute with tells them apart.
+    """
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(record["machine"]["cpu"], []).append(record)
+        machine = record["machine"]
+        groups.setdefault((machine["cpu"], *machine["cpu_features"]), []).append(record)
     return sorted(groups.values(), key=len, reverse=True)
 
 

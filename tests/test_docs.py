@@ -101,10 +101,13 @@ def test_the_newest_of_like_runs_is_shown():
 
 
 def test_machines_are_not_mixed():
-    one, other = {"machine": {"cpu": "one"}}, {"machine": {"cpu": "other"}}
-    records = [record("eager", 40.0) | one, *(record("eager", ms) | other for ms in (9.0, 8.0))]
+    def on(cpu: str, *features: str) -> dict[str, object]:
+        return {"machine": {"cpu": cpu, "cpu_features": list(features)}}
+
+    kinds = (on("one", "avx2"), *[on("other", "avx2")] * 3, *[on("other", "avx2", "avx512f")] * 2)
+    records = [record("eager", float(ms)) | kind for ms, kind in enumerate(kinds)]
     groups = script("write_figures").machines(records)
-    assert [[r["p50_ms"] for r in group] for group in groups] == [[9.0, 8.0], [40.0]]
+    assert [[r["p50_ms"] for r in group] for group in groups] == [[1, 2, 3], [4, 5], [0]]
 
 
 def test_what_a_run_lacks_is_a_dash():
