@@ -41,13 +41,11 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture(autouse=True)
-def _levels_of_logs_put_back() -> Iterator[None]:
-    """The command line sets how much is logged, for good; it is run in this process, too."""
-    loggers = [logging.getLogger(name) for name in ("coat_deploy", "coat_deploy.serve")]
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+def _levels_of_logs_as_without_the_command_line() -> None:
+    """The command line sets how much is logged, for good, and is run in this process, too: by
+    tests, and by fixtures of a whole session."""
+    for name in ("coat_deploy", "coat_deploy.serve"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
