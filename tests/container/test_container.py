@@ -133,28 +133,27 @@ def test_it_runs_as_nobody_special(image) -> None:
 
 
 def test_it_serves_read_only_and_answers_as_the_artifact_does(served) -> None:
-    client = pytest.importorskip("tritonclient.http")
-    for module, port in ((client, 8000), (pytest.importorskip("tritonclient.grpc"), 8001)):
-        wanted = module.InferInput("pixels", list(served.pixels.shape), "FP32")
+    for protocol, port in (("http", 8000), ("grpc", 8001)):
+        client = pytest.importorskip(f"tritonclient.{protocol}")
+        wanted = client.InferInput("pixels", list(served.pixels.shape), "FP32")
         wanted.set_data_from_numpy(served.pixels)
-        with module.InferenceServerClient(served.address(port)) as server:
+        with client.InferenceServerClient(served.address(port)) as server:
             answer = server.infer(served.model, [wanted]).as_numpy("logits")
         np.testing.assert_allclose(answer, served.logits, atol=1e-4)
 
 
-def test_it_labels_an_image_for_hugging_faces_client_and_for_anything_that_speaks_http(
-    served,
-) -> None:
+def test_it_labels_an_image_for_hugging_faces_client_curl_and_python(served) -> None:
     hub = pytest.importorskip("huggingface_hub")
     url = f"http://{served.address(8000)}/models/{served.model}"
-    expected = [(item.label, item.score) for item in hub.InferenceClient(model=url)
-                .image_classification(served.jpeg)]  # fmt: skip
+    labels = hub.InferenceClient(model=url).image_classification(served.jpeg)
+    expected = [(item.label, item.score) for item in labels]
     assert len(expected) == 5 and expected == sorted(expected, key=lambda item: -item[1])
     with urllib.request.urlopen(urllib.request.Request(url, served.jpeg), timeout=30) as answer:
         answers = [answer.read()]
     if shutil.which("curl"):
         words = ["curl", "--silent", "--fail", "--max-time", "30", "--data-binary", "@-", url]
-        answers.append(subprocess.run(words, input=served.jpeg, capture_output=True).stdout)
+        asked = subprocess.run(words, input=served.jpeg, capture_output=True, check=True)
+        answers.append(asked.stdout)
     for text in answers:
         assert [(item["label"], item["score"]) for item in json.loads(text)] == expected
 
