@@ -35,6 +35,9 @@ BACKLOG = 1024
 KEEP_ALIVE_S = 75
 LINGER_S = 0.2
 """How long connections and requests that were on their way when the end began are waited for."""
+HANDSHAKE_S = 0.02
+"""How long connections that have begun are given to come: one way and back. Who tries to begin one
+meanwhile is refused a second later, so it is short."""
 FIRST_WORD_S = 2.0
 """How long a connection that has just been made is given to say what it was made for."""
 
@@ -174,8 +177,9 @@ class Server(uvicorn.Server):
         if self._listen.drain_delay_s:
             await asyncio.sleep(self._listen.drain_delay_s)
         places = sockets or []
-        turn_away(places)
         await asyncio.sleep(LINGER_S)
+        turn_away(places)
+        await asyncio.sleep(HANDSHAKE_S)
         await emptied(places, FIRST_WORD_S)
         for server in self.servers:
             server.close()

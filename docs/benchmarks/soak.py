@@ -44,6 +44,9 @@ PHOTOS = 8
 TOLERANCE = 1e-4
 REFUSAL_S = 0.05
 """How soon a full queue shall say so."""
+SECOND_TRY_S = 2.0
+"""When a connection that was kept from beginning, just before the end, is surely refused: a kernel
+tries again after a second."""
 LEAK = 0.05
 WARM_S = 60.0
 OK, REFUSED = 200, 503
@@ -137,10 +140,12 @@ class Clients:
     def _broken(self, begin: float, error: Exception) -> None:
         """Note a request that got no answer: only before it was taken, at the end, may it be so."""
         waited = time.monotonic() - begin
-        refused = isinstance(error, ConnectionRefusedError | BrokenPipeError | ConnectionResetError)
-        closed = isinstance(error, http.client.RemoteDisconnected)
+        never_begun = isinstance(error, ConnectionRefusedError) and waited < SECOND_TRY_S
+        closed = isinstance(
+            error, BrokenPipeError | ConnectionResetError | http.client.RemoteDisconnected
+        )
         with self.seen.lock:
-            if self.ending.is_set() and (refused or closed) and waited < 1:
+            if self.ending.is_set() and (never_begun or (closed and waited < 1)):
                 self.seen.statuses["not taken at the end"] += 1
             else:
                 self.seen.wrong.append(f"no answer after {waited:.2f} s: {error!r}")
