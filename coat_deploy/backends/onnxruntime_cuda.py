@@ -72,9 +72,14 @@ def require_cuda() -> None:
 
 
 def preload() -> None:
-    """Load CUDA's and cuDNN's libraries from their packages, where they are installed so."""
+    """Load CUDA's and cuDNN's libraries from their packages, where they are installed so.
+
+    Then be silent but for errors that end a call: cuDNN's search for a kernel reports each that it
+    tries in vain.
+    """
     import onnxruntime
 
+    onnxruntime.set_default_logger_severity(4)
     if hasattr(onnxruntime, "preload_dlls"):
         # It prints what it does not find; what that comes to is told when a session is opened.
         with contextlib.redirect_stdout(sys.stderr):

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 
+from coat_deploy.backends.eager import forbid_tf32
 from coat_deploy.gpu_report.networks import in_torch
 from coat_deploy.gpu_report.torch_ways import TorchOpened, dtype_of, no_compiler, no_torch
 from coat_deploy.gpu_report.way import Opened, Place, Way
@@ -41,7 +42,9 @@ def open_fused(mode: str, precision: str, variant: str, place: Place) -> Opened:
 
     fused, dtype = importlib.import_module(MODULE), dtype_of(precision)
     network = fused.fuse(in_torch(variant, place.device))
-    if precision != "fp32":
+    if precision == "fp32":
+        forbid_tf32()
+    else:
         network = fused.lower(network, dtype)
     if mode:
         network = torch.compile(network, mode=mode, dynamic=False)

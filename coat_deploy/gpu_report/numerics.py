@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from coat_deploy.backends.eager import forbid_tf32
 from coat_deploy.errors import RunnerError
 from coat_deploy.gpu_report.apart import Tell
 from coat_deploy.gpu_report.networks import images, in_torch
@@ -22,9 +23,7 @@ def make_references(tell: Tell, variants: tuple[str, ...], place: Place) -> None
     """Write images and the logits of float32 and float64 for every variant; in a process."""
     import torch
 
-    # float32 proper: products of TF32 would be a reference of ten bits.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    forbid_tf32()
     for variant in variants:
         pixels = images(variant, IMAGES)
         tensor = torch.from_numpy(pixels).to(place.device)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coat_deploy.backends.eager import require_compiler
+from coat_deploy.backends.eager import forbid_tf32, require_compiler
 from coat_deploy.errors import BackendMissing
 from coat_deploy.gpu_report.networks import images, in_torch
 from coat_deploy.gpu_report.timing import Step
@@ -66,6 +66,7 @@ def open_eager(precision: str, variant: str, place: Place) -> Opened:
     """Open the network as it is; autocast where the precision is a low one."""
     network = in_torch(variant, place.device)
     if precision == "fp32":
+        forbid_tf32()
         return TorchOpened(network, place.device)
     import torch
 
