@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from coat_deploy.cli import console
-from coat_deploy.gpu_report.options import HELP, ReportOptions
+from coat_deploy.gpu_report.options import HELP, ReportOptions, parse_variants
 
 
 def gpu_report(
@@ -16,6 +16,7 @@ def gpu_report(
         float, typer.Option(min=1.0, metavar="S", help=HELP["budget"])
     ] = ReportOptions.budget_s,
     variants: Annotated[str | None, typer.Option(metavar="LIST", help=HELP["variants"])] = None,
+    ways: Annotated[str | None, typer.Option(metavar="LIST", help=HELP["ways"])] = None,
     bench: Annotated[str, typer.Option(metavar="LIST", help=HELP["bench"])] = ",".join(
         ReportOptions.bench
     ),
@@ -43,7 +44,8 @@ def gpu_report(
 
     options = ReportOptions(
         budget_s=budget,
-        variants=_names(variants, "variants") if variants else ReportOptions.variants,
+        variants=parse_variants(_names(variants, "variants") if variants else ()),
+        ways=_names(ways, "ways") if ways else (),
         bench=_names(bench, "bench"),
         batches=tuple(console.counts(batch, "batch")),
         device=device,

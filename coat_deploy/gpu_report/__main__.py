@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coat_deploy.errors import CoatDeployError, UsageError
 from coat_deploy.gpu_report.keep import Keep, make_report
-from coat_deploy.gpu_report.options import HELP, ReportOptions
+from coat_deploy.gpu_report.options import HELP, ReportOptions, parse_variants
 from coat_deploy.gpu_report.render import to_markdown
 
 PROGRAM = "python -m coat_deploy.gpu_report"
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = ReportOptions(
             budget_s=parsed.budget,
-            variants=_parts(parsed.variants) or ReportOptions.variants,
+            variants=parse_variants(_parts(parsed.variants)),
+            ways=_parts(parsed.ways),
             bench=_parts(parsed.bench),
             batches=tuple(map(_number, _parts(parsed.batch))),
             device=parsed.device,
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = ReportOptions()
     parser.add_argument("--budget", type=float, default=defaults.budget_s, help=HELP["budget"])
     parser.add_argument("--variants", default="", help=HELP["variants"])
+    parser.add_argument("--ways", default="", help=HELP["ways"])
     parser.add_argument("--bench", default=",".join(defaults.bench), help=HELP["bench"])
     batches = ",".join(map(str, defaults.batches))
     parser.add_argument("--batch", default=batches, help=HELP["batch"])

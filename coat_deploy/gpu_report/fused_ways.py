@@ -62,7 +62,7 @@ def fused_ways() -> list[Way]:
             compiled = functools.partial(open_fused, "reduce-overhead", precision)
             ways.append(
                 Way(
-                    f"fused, compiled {precision}", precision, compiled, no_compiled_fused,
+                    f"fused and compiled {precision}", precision, compiled, no_compiled_fused,
                     checked=False, least_s=30.0, most_s=90.0,
                 )
             )  # fmt: skip

@@ -12,7 +12,10 @@ PUBLISHED = (
 
 HELP = {
     "budget": "Seconds for all of it; what does not fit is skipped, and said to be.",
-    "variants": "Networks whose numbers are checked, separated by commas. Default: the published.",
+    "variants": "Networks whose numbers are checked, separated by commas, or none. "
+    "Default: the published.",
+    "ways": "Ways to check and time, separated by commas, as the report calls them, with their "
+    "precision or for all of them. Default: all.",
     "bench": "Networks that are timed, separated by commas.",
     "batch": "Batch sizes, separated by commas, the most wanted first.",
     "device": "cuda, or cpu: a dry run of whatever runs there, whose times mean nothing.",
@@ -28,7 +31,8 @@ class ReportOptions:
     """What to report.
 
     budget_s: seconds for everything. variants: networks whose numbers are checked. bench: networks
-    that are timed, with `batches`. seconds: of timing, a way and batch.
+    that are timed, with `batches`. ways: by name, with or without their precision; none: all that
+    there are. seconds: of timing, a way and batch.
 
     Raises: UsageError for values that cannot be.
     """
@@ -39,6 +43,7 @@ class ReportOptions:
     batches: tuple[int, ...] = (256, 1, 64, 8)
     device: str = "cuda"
     seconds: float = 2.0
+    ways: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         from coat_deploy.network.variants import VARIANTS  # not for --help
@@ -53,3 +58,12 @@ class ReportOptions:
             raise UsageError(f"budget: must be above 0 (got {self.budget_s:g} s).")
         if not self.batches or min(self.batches) < 1:
             raise UsageError("batch: nothing given, or below 1. Write 1,8,64,256.")
+
+    def wants(self, way: str, precision: str) -> bool:
+        """Return whether a way, by its name with the precision, is among those asked for."""
+        return not self.ways or way in self.ways or way.removesuffix(f" {precision}") in self.ways
+
+
+def parse_variants(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the networks that are named: of no word the published, of "none" none."""
+    return () if words == ("none",) else words or PUBLISHED

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coat_deploy.errors import BackendMissing, DeviceMissing
+from coat_deploy.errors import BackendMissing, DeviceMissing, UsageError
 from coat_deploy.gpu_report.apart import Told, Work, run_apart
 from coat_deploy.gpu_report.budget import Budget
 from coat_deploy.gpu_report.fused_ways import fused_ways
@@ -70,7 +70,7 @@ def report(options: ReportOptions, progress: Progress | None = None) -> Report:
     """Check and time every way that this machine has, as far as the budget goes.
 
     Raises: BackendMissing without PyTorch, which the references are from; DeviceMissing without a
-    GPU, unless a dry run is asked for.
+    GPU, unless a dry run is asked for; UsageError where no way has a name that is asked for.
     """
     if reason := no_torch(options.device):
         raise BackendMissing(f'gpu-report: {reason}. Run: pip install "coat-deploy[torch]"')
@@ -108,7 +108,15 @@ class _Run:
         self.found = Report(options, describe())
 
     def report(self) -> Report:
-        ways = self._there([*torch_ways()[:2], *fused_ways(), *torch_ways()[2:], *runtime_ways()])
+        first, others = torch_ways()[:2], torch_ways()[2:]
+        every = [*first, *fused_ways(), *others, *runtime_ways()]
+        wanted = [way for way in every if self.options.wants(way.name, way.precision)]
+        if not wanted:
+            names = ", ".join(way.name for way in every)
+            raise UsageError(
+                f"ways: none is called {', '.join(self.options.ways)} (known: {names})."
+            )
+        ways = self._there(wanted)
         self._check([way for way in ways if way.checked])
         self._bench(ways)
         self.found.seconds = round(self.options.budget_s - self.budget.left(), 1)
@@ -126,6 +134,8 @@ class _Run:
 
     def _check(self, ways: Sequence[Way]) -> None:
         """Check placement and numbers."""
+        if not self.options.variants:
+            return
         self._placement()
         variants, place = self.options.variants, dataclasses.replace(self.place, batches=(4,))
         told = self._run("references", make_references, (variants, place), self.checks)

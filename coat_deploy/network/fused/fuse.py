@@ -35,6 +35,10 @@ def fuse(network: CoaT, *, feed_forward: bool = True) -> CoaT:
         if network.variant.parallel_depth and s > 1:
             for block in network.parallel_blocks:
                 _fuse_attention(block, s, windows)
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.LayerNorm):
+                setattr(module, name, FusedLayerNorm.of(child))
     return network.eval()
 
 
@@ -95,7 +99,7 @@ class PackedWindows(nn.Module):
             for conv in convolutions
             for _ in range(conv.out_channels // crpe.head_channels)
         ]
-        assert len(plan.window_kinds(windows)) <= plan.NUM_KINDS
+        assert len(plan.window_blocks(windows, 1, 1)) <= plan.NUM_KINDS
         return cls(convolutions, windows)
 
 
@@ -114,6 +118,23 @@ class FusedPosEnc(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Return tokens (B, N, C) with their position encoded; the class token passes through."""
         return operators.encode_position(x, self.taps, self.bias, *size)
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels by one operator, where no compiler joins it to its neighbours."""
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm) -> "FusedLayerNorm":
+        """Return one with the parameters of `norm`."""
+        fused = cls(norm.normalized_shape, norm.eps, device="meta")
+        fused.weight, fused.bias = norm.weight, norm.bias
+        return fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., C) of tokens (..., C)."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        return operators.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class FusedConvAttention(nn.Module):

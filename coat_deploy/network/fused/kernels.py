@@ -3,6 +3,7 @@
     context = softmax_N(K)^T V                          a head, (c, c)
     y       = Q context / sqrt(c) + Q * DWConv(V)       the second term on the image tokens
     x       = X + DWConv(X)                             before it, on the image tokens
+    x       = LayerNorm(X)
     x       = X + W2 GELU(W1 LayerNorm(X) + b1) + b2    after it
 
 Q, K and V are read where the projection wrote them, side by side (B, N, 3C), and y is written as
@@ -130,6 +131,185 @@ def _joined_context(
 
 
 @triton.jit
+def attend_kernel(
+    qkv,
+    contexts,
+    statistics,
+    out,
+    tokens,
+    splits,
+    scale,
+    CHANNELS: tl.constexpr,
+    HEAD: tl.constexpr,
+    GROUP_HEADS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENCODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write conv-attention of a group of heads on a block of tokens.
+
+    With `ENCODE` the image tokens of `out` hold DWConv(V), as `window_kernel` wrote it.
+
+    Grid: groups, blocks of tokens, B. Shapes: qkv (B, N, 3C); contexts and statistics as
+    `context_kernel` wrote them; out (B, N, C).
+    """
+    group = tl.program_id(0)
+    image = tl.program_id(2).to(tl.int64)
+    first = group * (GROUP_HEADS * HEAD)
+    channel = first // ALIGNED * ALIGNED + tl.arange(0, LANES)
+    known = channel < CHANNELS
+    inside = (channel >= first) & (channel < first + GROUP_HEADS * HEAD) & known
+    context = _joined_context(
+        contexts, statistics, image, splits, channel, inside, CHANNELS, HEAD, LANES
+    )
+
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = (token < tokens)[:, None]
+    place = qkv + (image * tokens + token[:, None]) * (3 * CHANNELS) + channel[None, :]
+    q = tl.load(place, mask=there & known[None, :], other=0.0)
+    high, low = _halves(context, q.dtype)
+    attended = tl.dot(q, high, input_precision=PRECISION)
+    if q.dtype == tl.bfloat16:
+        attended = tl.dot(q, low, attended, input_precision=PRECISION)
+    attended = attended * scale
+    place = out + (image * tokens + token[:, None]) * CHANNELS + channel[None, :]
+    own = there & inside[None, :]
+    if ENCODE:  # the class token has no place on the map
+        encoded = tl.load(place, mask=own & (token > 0)[:, None], other=0.0)
+        attended += q.to(tl.float32) * encoded.to(tl.float32)
+    tl.store(place, attended.to(out.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def _channels(values, channel, CHANNELS: tl.constexpr, LANES: tl.constexpr):
+    """Return values of channels for every pixel, (1, LANES)."""
+    if CHANNELS % LANES == 0:
+        return tl.load(values + channel)[None, :]
+    return tl.load(values + channel, mask=channel < CHANNELS, other=0.0)[None, :]
+
+
+@triton.jit
+def _slide(
+    values,
+    taps,
+    bias,
+    written,
+    channel,
+    x,
+    first,
+    last,
+    height,
+    width,
+    STRIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    ACROSS: tl.constexpr,
+    RADIUS: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Write DWConv(V) of the columns `x` in the rows from `first` to before `last`.
+
+    Goes down the rows of V, each of which is read once for every column of the window and added to
+    all results that see it: `sum0` is of the highest row that does, and done when it was. The
+    window is of `RADIUS`, its taps stored `SIDE` wide. STRIDE: from one token of V to the next.
+    """
+    known = channel < CHANNELS
+    beginning = tl.zeros((ACROSS, LANES), tl.float32)
+    beginning += _channels(bias, channel, CHANNELS, LANES)
+    sum0, sum1, sum2, sum3 = beginning, beginning, beginning, beginning
+    sum4, sum5, sum6 = beginning, beginning, beginning
+    line: tl.constexpr = SIDE * CHANNELS  # of taps
+    for row in range(first - RADIUS, last + RADIUS):
+        here = (row >= 0) & (row < height)
+        at = values + (1 + row * width + x)[:, None] * STRIDE + channel[None, :]
+        for dx in tl.static_range(-RADIUS, RADIUS + 1):
+            near = (here & (x + dx >= 0) & (x + dx < width))[:, None] & known[None, :]
+            v = tl.load(at + dx * STRIDE, mask=near, other=0.0).to(tl.float32)
+            lowest = taps + (SIDE // 2 + RADIUS) * line + (SIDE // 2 + dx) * CHANNELS
+            sum0 += v * _channels(lowest, channel, CHANNELS, LANES)
+            sum1 += v * _channels(lowest - line, channel, CHANNELS, LANES)
+            sum2 += v * _channels(lowest - 2 * line, channel, CHANNELS, LANES)
+            if RADIUS > 1:
+                sum3 += v * _channels(lowest - 3 * line, channel, CHANNELS, LANES)
+                sum4 += v * _channels(lowest - 4 * line, channel, CHANNELS, LANES)
+            if RADIUS > 2:
+                sum5 += v * _channels(lowest - 5 * line, channel, CHANNELS, LANES)
+                sum6 += v * _channels(lowest - 6 * line, channel, CHANNELS, LANES)
+        done = row - RADIUS
+        if done >= first:
+            place = written + (1 + done * width + x)[:, None] * CHANNELS + channel[None, :]
+            kept = (x < width)[:, None] & known[None, :]
+            tl.store(place, sum0.to(written.dtype.element_ty), mask=kept)
+        sum0, sum1 = sum1, sum2
+        if RADIUS == 1:
+            sum2 = beginning
+        else:
+            sum2, sum3 = sum3, sum4
+            if RADIUS == 2:
+                sum4 = beginning
+            else:
+                sum4, sum5, sum6 = sum5, sum6, beginning
+
+
+@triton.jit
+def window_kernel(
+    qkv,
+    taps,
+    bias,
+    out,
+    tokens,
+    height,
+    width,
+    columns,
+    rows,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    NARROW: tl.constexpr,
+    ACROSS: tl.constexpr,
+    BLOCKS_A: tl.constexpr,
+    BLOCKS_B: tl.constexpr,
+    RADIUS_A: tl.constexpr,
+    RADIUS_B: tl.constexpr,
+    RADIUS_C: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Write DWConv(V) on a tile of the map, `rows` high and `ACROSS` wide.
+
+    The first `BLOCKS_A` blocks of channels have windows of `RADIUS_A`, and so on, so that few
+    channels pay for a window wider than their own.
+
+    Grid: blocks of `LANES` channels, tiles in `columns` columns, B. Shapes: qkv (B, N, 3C); taps
+    (SIDE * SIDE, C) and bias (C,) float32; out (B, N, C), whose class token stays as it is.
+    """
+    block, tile = tl.program_id(0), tl.program_id(1)
+    image = tl.program_id(2).to(tl.int64)
+    # Told of `NARROW` neighbouring channels alone, a thread takes those of more pixels instead, and
+    # a tap that it has read serves them all.
+    channel = tl.max_contiguous(block * LANES + tl.arange(0, LANES), NARROW)
+    values = qkv + image * tokens * (3 * CHANNELS) + 2 * CHANNELS
+    written = out + image * tokens * CHANNELS
+    x = tile % columns * ACROSS + tl.arange(0, ACROSS)
+    first = tile // columns * rows
+    last = tl.minimum(first + rows, height)
+    if block < BLOCKS_A:
+        _slide(
+            values, taps, bias, written, channel, x, first, last, height, width,
+            3 * CHANNELS, CHANNELS, LANES, ACROSS, RADIUS_A, SIDE,
+        )  # fmt: skip
+    elif block < BLOCKS_A + BLOCKS_B:
+        _slide(
+            values, taps, bias, written, channel, x, first, last, height, width,
+            3 * CHANNELS, CHANNELS, LANES, ACROSS, RADIUS_B, SIDE,
+        )  # fmt: skip
+    else:
+        _slide(
+            values, taps, bias, written, channel, x, first, last, height, width,
+            3 * CHANNELS, CHANNELS, LANES, ACROSS, RADIUS_C, SIDE,
+        )  # fmt: skip
+
+
+@triton.jit
 def _convolved(
     values,
     taps,
@@ -163,109 +343,6 @@ def _convolved(
             tap = tl.load(weights + dx * CHANNELS, mask=known, other=0.0).to(tl.float32)
             result += v.to(tl.float32) * tap[None, :]
     return result
-
-
-@triton.jit
-def attend_kernel(
-    qkv,
-    contexts,
-    statistics,
-    taps,
-    bias,
-    out,
-    tokens,
-    splits,
-    height,
-    width,
-    columns,
-    scale,
-    CHANNELS: tl.constexpr,
-    HEAD: tl.constexpr,
-    GROUP_HEADS: tl.constexpr,
-    LANES: tl.constexpr,
-    TILE: tl.constexpr,
-    ENCODE: tl.constexpr,
-    HEADS_A: tl.constexpr,
-    HEADS_B: tl.constexpr,
-    HEADS_C: tl.constexpr,
-    RADIUS_A: tl.constexpr,
-    RADIUS_B: tl.constexpr,
-    RADIUS_C: tl.constexpr,
-    SIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Write conv-attention of a group of heads on one tile of the map, and of the class token.
-
-    The first `HEADS_A` heads have a window of `RADIUS_A`, and so on; a group stays in its kind, so
-    that no head pays for a window wider than its own. Tiles are square: what they read of V beyond
-    themselves, for the windows, is least.
-
-    Grid: groups, tiles in `columns` columns, B. Shapes: qkv (B, N, 3C); contexts and statistics as
-    `context_kernel` wrote them; taps (SIDE * SIDE, C); bias (C,); out (B, N, C).
-    """
-    group, tile = tl.program_id(0), tl.program_id(1)
-    image = tl.program_id(2).to(tl.int64)
-    groups_a: tl.constexpr = (HEADS_A + GROUP_HEADS - 1) // GROUP_HEADS
-    groups_b: tl.constexpr = (HEADS_B + GROUP_HEADS - 1) // GROUP_HEADS
-    in_a = group < groups_a
-    in_b = (group >= groups_a) & (group < groups_a + groups_b)
-    first = tl.where(
-        in_a,
-        group * GROUP_HEADS,
-        tl.where(
-            in_b,
-            HEADS_A + (group - groups_a) * GROUP_HEADS,
-            HEADS_A + HEADS_B + (group - groups_a - groups_b) * GROUP_HEADS,
-        ),
-    )
-    last = tl.where(in_a, HEADS_A, tl.where(in_b, HEADS_A + HEADS_B, HEADS_A + HEADS_B + HEADS_C))
-    last = tl.minimum(first + GROUP_HEADS, last)
-    channel = first * HEAD // ALIGNED * ALIGNED + tl.arange(0, LANES)
-    known = channel < CHANNELS
-    inside = (channel >= first * HEAD) & (channel < last * HEAD)
-    rows = qkv + image * tokens * (3 * CHANNELS)
-    written = out + image * tokens * CHANNELS
-    context = _joined_context(
-        contexts, statistics, image, splits, channel, inside, CHANNELS, HEAD, LANES
-    )
-
-    if tile == 0:  # the class token has no place on the map
-        q = tl.load(rows + channel, mask=inside, other=0.0).to(tl.float32)
-        attended = scale * tl.sum(q[:, None] * context, axis=0)
-        tl.store(written + channel, attended.to(out.dtype.element_ty), mask=inside)
-
-    pixel = tl.arange(0, TILE * TILE)
-    y = tile // columns * TILE + pixel // TILE
-    x = tile % columns * TILE + pixel % TILE
-    on_map = ((y < height) & (x < width))[:, None]
-    there = on_map & known[None, :]
-    token = (1 + y * width + x)[:, None]
-    q = tl.load(rows + token * (3 * CHANNELS) + channel[None, :], mask=there, other=0.0)
-    high, low = _halves(context, q.dtype)
-    attended = tl.dot(q, high, input_precision=PRECISION)
-    if q.dtype == tl.bfloat16:
-        attended = tl.dot(q, low, attended, input_precision=PRECISION)
-    attended = attended * scale
-    if ENCODE:
-        values = rows + 2 * CHANNELS
-        if in_a:
-            encoded = _convolved(
-                values, taps, bias, y, x, channel, there, known, height, width,
-                3 * CHANNELS, CHANNELS, RADIUS_A, SIDE,
-            )  # fmt: skip
-        elif in_b:
-            encoded = _convolved(
-                values, taps, bias, y, x, channel, there, known, height, width,
-                3 * CHANNELS, CHANNELS, RADIUS_B, SIDE,
-            )  # fmt: skip
-        else:
-            encoded = _convolved(
-                values, taps, bias, y, x, channel, there, known, height, width,
-                3 * CHANNELS, CHANNELS, RADIUS_C, SIDE,
-            )  # fmt: skip
-        attended += q.to(tl.float32) * encoded
-    place = written + token * CHANNELS + channel[None, :]
-    tl.store(place, attended.to(out.dtype.element_ty), mask=on_map & inside[None, :])
 
 
 @triton.jit
@@ -308,6 +385,37 @@ def position_kernel(
     )  # fmt: skip
     encoded += tl.load(rows + place, mask=there, other=0.0).to(tl.float32)
     tl.store(written + place, encoded.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def norm_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    num_rows,
+    eps,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Write LayerNorm(X) of a block of tokens.
+
+    Grid: blocks of rows. Shapes: x and out (R, C); weight and bias (C,).
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, LANES)
+    known = channel < CHANNELS
+    there = (row < num_rows)[:, None] & known[None, :]
+    place = row[:, None] * CHANNELS + channel[None, :]
+    tokens = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    mean = tl.sum(tokens, axis=1) / CHANNELS
+    centred = tl.where(known[None, :], tokens - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / CHANNELS
+    normed = centred / tl.sqrt(variance + eps)[:, None]
+    normed = normed * tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    normed = normed + tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + place, normed.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit

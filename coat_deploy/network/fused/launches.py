@@ -17,11 +17,22 @@ from coat_deploy.network.fused import kernels, plan
 Wrap = Callable[[Any], Any]
 """What makes a kernel part of a captured graph; for one that is interpreted, nothing."""
 
-BLOCK = 64
+BLOCK, CONTEXT_WARPS, CONTEXT_STAGES = 64, 4, 3
 """Tokens of the context that are in registers at once."""
-TILE = 8
-"""Side of the square of pixels that a program attends."""
-ROWS, HIDDEN_BLOCK = 128, 64
+ATTENDED, ATTEND_WARPS = 64, 4
+"""Tokens that a program attends."""
+WINDOW_LANES, NARROW, EACH = 32, 4, 8
+"""Channels that a program slides windows over; of those a thread takes `NARROW` neighbours, and
+`EACH` results of a row in all."""
+MOST_ACROSS = 64
+"""Columns that windows slide over together."""
+WINDOW_PROGRAMS, LEAST_ROWS = 1056, 4
+"""Programs that windows are shared by at least, and rows of a tile where that allows as many."""
+TILE, POSITION_LANES, POSITION_WARPS = 8, 64, 4
+"""Side of the square of pixels whose position a program encodes, and how many channels of it."""
+NORMED = 2048
+"""Numbers that a program of LayerNorm takes."""
+ROWS, HIDDEN_BLOCK, FFN_WARPS, FFN_STAGES = 128, 64, 8, 3
 """Tokens of the FFN that a program takes, and their hidden channels that it makes at once."""
 PROGRAMS = 1056
 """Programs that keep a large GPU busy: eight for each of 132 multiprocessors."""
@@ -38,31 +49,62 @@ def conv_attention(
     size: tuple[int, int],
     wrap: Wrap,
 ) -> Tensor:
-    """Return conv-attention (B, N, C) by two kernels; arguments as of `plain.conv_attention`."""
+    """Return conv-attention (B, N, C) by three kernels; arguments as of `plain.conv_attention`."""
     batch, tokens, wide = qkv.shape
     channels = wide // 3
     head = channels // num_heads
     precision = _precision(qkv.dtype)
     contexts, statistics, splits = context(qkv, num_heads, precision, wrap)
-
-    kinds = plan.window_kinds(windows) if taps is not None else [(1, num_heads)]
-    together = plan.heads_together(head, [heads for _, heads in kinds])
-    groups = plan.num_groups(together, [heads for _, heads in kinds])
-    kinds += [(1, 0)] * (plan.NUM_KINDS - len(kinds))
-    height, width = size
-    columns = (width + TILE - 1) // TILE
     out = qkv.new_empty((batch, tokens, channels))
-    wrap(kernels.attend_kernel)[(groups, (height + TILE - 1) // TILE * columns, batch)](
-        qkv, contexts, statistics, qkv if taps is None else taps, qkv if bias is None else bias,
-        out, tokens, splits, height, width, columns, head**-0.5,
+    if taps is not None and bias is not None:
+        slide_windows(qkv, taps, bias, windows, size, out, wrap)
+    together = plan.heads_together(head, num_heads)
+    groups = -(-num_heads // together)
+    wrap(kernels.attend_kernel)[(groups, (tokens + ATTENDED - 1) // ATTENDED, batch)](
+        qkv, contexts, statistics, out, tokens, splits, head**-0.5,
         CHANNELS=channels, HEAD=head, GROUP_HEADS=together, LANES=plan.lanes(together, head),
-        TILE=TILE, ENCODE=taps is not None,
-        HEADS_A=kinds[0][1], HEADS_B=kinds[1][1], HEADS_C=kinds[2][1],
-        RADIUS_A=kinds[0][0] // 2, RADIUS_B=kinds[1][0] // 2, RADIUS_C=kinds[2][0] // 2,
-        SIDE=max(window for window, _ in kinds), PRECISION=precision,
-        num_warps=4 if plan.lanes(together, head) < plan.MOST_LANES else 8,
+        BLOCK=ATTENDED, ENCODE=taps is not None, PRECISION=precision, num_warps=ATTEND_WARPS,
     )  # fmt: skip
     return out
+
+
+def slide_windows(
+    qkv: Tensor,
+    taps: Tensor,
+    bias: Tensor,
+    windows: Sequence[int],
+    size: tuple[int, int],
+    out: Tensor,
+    wrap: Wrap,
+) -> None:
+    """Write DWConv(V) to the image tokens of `out` (B, N, C); arguments as of `conv_attention`."""
+    batch, tokens, channels = out.shape
+    height, width = size
+    lanes = min(WINDOW_LANES, plan.lanes(1, channels))
+    kinds = plan.window_blocks(windows, channels // len(windows), lanes)
+    blocks = sum(count for _, count in kinds)
+    kinds += [(1, 0)] * (plan.NUM_KINDS - len(kinds))
+    across = min(MOST_ACROSS, max(16, 1 << (width - 1).bit_length()))
+    columns = (width + across - 1) // across
+    chunks, rows = split_rows(batch * blocks * columns, height)
+    wrap(kernels.window_kernel)[(blocks, chunks * columns, batch)](
+        qkv, taps, bias, out, tokens, height, width, columns, rows,
+        CHANNELS=channels, LANES=lanes, NARROW=NARROW, ACROSS=across,
+        BLOCKS_A=kinds[0][1], BLOCKS_B=kinds[1][1],
+        RADIUS_A=kinds[0][0] // 2, RADIUS_B=kinds[1][0] // 2, RADIUS_C=kinds[2][0] // 2,
+        SIDE=math.isqrt(taps.shape[0]), num_warps=max(1, across * lanes // (32 * EACH)),
+    )  # fmt: skip
+
+
+def split_rows(programs: int, height: int) -> tuple[int, int]:
+    """Return into how many tiles a column of windows is cut, and the rows of one.
+
+    Every cut costs the rows above and below it once more. The last tiles may be empty.
+    """
+    most = (height + LEAST_ROWS - 1) // LEAST_ROWS
+    wanted = (WINDOW_PROGRAMS + programs - 1) // programs
+    chunks = torch.sym_min(wanted, most)
+    return chunks, (height + chunks - 1) // chunks
 
 
 def context(qkv: Tensor, num_heads: int, precision: str, wrap: Wrap) -> tuple[Tensor, Tensor, int]:
@@ -70,8 +112,8 @@ def context(qkv: Tensor, num_heads: int, precision: str, wrap: Wrap) -> tuple[Te
     batch, tokens, wide = qkv.shape
     channels = wide // 3
     head = channels // num_heads
-    together = plan.heads_together(head, [num_heads])
-    groups = plan.num_groups(together, [num_heads])
+    together = plan.heads_together(head, num_heads)
+    groups = -(-num_heads // together)
     splits, chunk = split_tokens(batch * groups, tokens)
     # Flat: strides of a dimension that may be 1 would bind a captured graph to its number.
     contexts = qkv.new_empty(batch * splits * channels * head, dtype=torch.float32)
@@ -79,7 +121,7 @@ def context(qkv: Tensor, num_heads: int, precision: str, wrap: Wrap) -> tuple[Te
     wrap(kernels.context_kernel)[(groups, splits, batch)](
         qkv, contexts, statistics, tokens, chunk, splits,
         CHANNELS=channels, HEAD=head, GROUP_HEADS=together, LANES=plan.lanes(together, head),
-        BLOCK=BLOCK, PRECISION=precision, num_warps=4,
+        BLOCK=BLOCK, PRECISION=precision, num_warps=CONTEXT_WARPS, num_stages=CONTEXT_STAGES,
     )  # fmt: skip
     return contexts, statistics, splits
 
@@ -103,12 +145,27 @@ def encode_position(
     batch, tokens, channels = x.shape
     height, width = size
     columns = (width + TILE - 1) // TILE
-    lanes = min(plan.MOST_LANES, plan.lanes(1, channels))
+    lanes = min(POSITION_LANES, plan.lanes(1, channels))
     groups = (channels + lanes - 1) // lanes
     out = x.new_empty(x.shape)
     wrap(kernels.position_kernel)[(groups, (height + TILE - 1) // TILE * columns, batch)](
         x, taps, bias, out, tokens, height, width, columns,
-        CHANNELS=channels, LANES=lanes, TILE=TILE, SIDE=math.isqrt(taps.shape[0]), num_warps=4,
+        CHANNELS=channels, LANES=lanes, TILE=TILE, SIDE=math.isqrt(taps.shape[0]),
+        num_warps=POSITION_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, wrap: Wrap) -> Tensor:
+    """Return LayerNorm of tokens (..., C), as PyTorch's computes it, rounded once."""
+    channels = x.shape[-1]
+    num_rows = x.numel() // channels
+    lanes = 1 << (channels - 1).bit_length()
+    rows = max(1, NORMED // lanes)
+    out = x.new_empty(x.shape)
+    wrap(kernels.norm_kernel)[((num_rows + rows - 1) // rows,)](
+        x, weight, bias, out, num_rows, eps,
+        CHANNELS=channels, LANES=lanes, ROWS=rows, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -135,7 +192,8 @@ def feed_forward(
     wrap(kernels.feed_forward_kernel)[((num_rows + rows - 1) // rows,)](
         x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, out, num_rows, eps,
         CHANNELS=channels, HIDDEN=hidden, ROWS=rows, BLOCK=math.gcd(hidden, block),
-        PRECISION=_precision(weight1.dtype), num_warps=8, num_stages=2 if wide else 3,
+        PRECISION=_precision(weight1.dtype), num_warps=FFN_WARPS,
+        num_stages=2 if wide else FFN_STAGES,
     )  # fmt: skip
     return out
 

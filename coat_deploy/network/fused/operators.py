@@ -42,6 +42,16 @@ def encode_position(x: Tensor, taps: Tensor, bias: Tensor, height: int, width: i
     return launches.encode_position(x.contiguous(), taps, bias, size, torch.library.wrap_triton)
 
 
+@torch.library.triton_op("coat::layer_norm", mutates_args=())
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return LayerNorm of tokens (..., C)."""
+    if not x.is_cuda:
+        return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    from coat_deploy.network.fused import launches
+
+    return launches.layer_norm(x.contiguous(), weight, bias, eps, torch.library.wrap_triton)
+
+
 @torch.library.triton_op("coat::feed_forward", mutates_args=())
 def feed_forward(
     x: Tensor,
@@ -77,6 +87,11 @@ def _(
 
 @encode_position.register_fake
 def _(x: Tensor, taps: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@layer_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 

@@ -27,23 +27,26 @@ def lanes(heads: int, head_channels: int) -> int:
     return max(LEAST_LANES, 1 << (heads * head_channels + before - 1).bit_length())
 
 
-def heads_together(head_channels: int, kinds: Sequence[int]) -> int:
-    """Return how many heads make a group, where groups stay within kinds of so many heads each.
+def heads_together(head_channels: int, num_heads: int) -> int:
+    """Return how many heads make a group.
 
     The fewest lanes in all; of equals the widest group, which reads memory in longer pieces.
     """
-    fitting = [n for n in range(1, max(kinds) + 1) if lanes(n, head_channels) <= MOST_LANES]
+    fitting = [n for n in range(1, num_heads + 1) if lanes(n, head_channels) <= MOST_LANES]
     return min(
         fitting[::-1] or [1],
-        key=lambda heads: num_groups(heads, kinds) * lanes(heads, head_channels),
+        key=lambda heads: -(-num_heads // heads) * lanes(heads, head_channels),
     )
 
 
-def num_groups(heads: int, kinds: Sequence[int]) -> int:
-    """Return how many groups of so many heads the kinds make."""
-    return sum(-(-kind // heads) for kind in kinds)
+def window_blocks(windows: Sequence[int], head_channels: int, wide: int) -> list[tuple[int, int]]:
+    """Return (window, number of blocks) of neighbouring blocks of `wide` channels.
 
-
-def window_kinds(windows: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (window, number of heads) of neighbouring heads, given the window of each head."""
-    return [(window, len(list(heads))) for window, heads in groupby(windows)]
+    windows: of each head. A block that several heads share takes the widest of theirs.
+    """
+    channels = len(windows) * head_channels
+    widest = [
+        max(windows[first // head_channels : -(-min(first + wide, channels) // head_channels)])
+        for first in range(0, channels, wide)
+    ]
+    return [(window, len(list(blocks))) for window, blocks in groupby(widest)]

@@ -8,7 +8,8 @@ from coat_deploy.network.variants import VARIANTS
 
 WIDTHS = sorted({channels for variant in VARIANTS.values() for channels in variant.channels})
 """Channels of every scale of every variant: 2 to 64 a head, odd ones among them."""
-BARS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}
+BARS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 3e-3}
+"""bfloat16 is rounded twice, after the windows and at the end: each costs 1.7e-3 at most."""
 
 every_type = pytest.mark.parametrize("dtype", BARS, ids=str)
 
@@ -43,10 +44,22 @@ def test_so_it_is_on_maps_of_any_size_and_several_images(
     assert error(got[:, :1], expected[:, :1]) < 1e-5  # the class token
 
 
-@pytest.mark.parametrize("tile", [4, 16])
-def test_the_tile_changes_nothing(interpreted, draw, paper, error, tile) -> None:
-    case = draw(24, (7, 9), 1, torch.float32)
-    got = interpreted("conv_attention", *case.arguments(), TILE=tile)
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"WINDOW_LANES": 16},
+        {"WINDOW_LANES": 64},
+        {"MOST_ACROSS": 8},
+        {"WINDOW_PROGRAMS": 1},
+        {"LEAST_ROWS": 1},
+        {"LEAST_ROWS": 3},
+        {"ATTENDED": 16},
+    ],
+    ids=str,
+)
+def test_how_the_work_is_cut_changes_nothing(interpreted, draw, paper, error, constants) -> None:
+    case = draw(40, (10, 11), 2, torch.float32)
+    got = interpreted("conv_attention", *case.arguments(), **constants)
     assert error(got, case.expected(paper)) < 1e-5
 
 

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from coat_deploy.network.fused import operators, plain
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BARS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 3e-3}
 
 
 @pytest.fixture(params=["conv_attention", "conv_attention alone", "position", "feed_forward"])
@@ -65,8 +66,7 @@ def test_the_plain_form_is_the_papers(draw, paper, error, dtype, encode, size) -
     case = draw(40, size, 3, dtype)
     got = plain.conv_attention(*case.arguments(encode))
     assert got.dtype == dtype
-    bar = 1e-5 if dtype == torch.float32 else 2e-3
-    assert error(got, case.expected(paper, encode)) < bar
+    assert error(got, case.expected(paper, encode)) < BARS[dtype]
 
 
 def test_the_plain_form_computes_float64_in_float64(draw, paper) -> None:
@@ -82,22 +82,27 @@ def test_the_plain_form_computes_float64_in_float64(draw, paper) -> None:
 @pytest.mark.parametrize("size", [(7, 7), (28, 28), (19, 33)])
 def test_a_gpu_computes_the_same(draw, error, channels, dtype, size) -> None:
     case = draw(channels, size, 3, dtype)
-    bar = 1e-5 if dtype == torch.float32 else 2e-3
 
     def compare(operator, plainly, arguments) -> None:
         def put(how):
             return [how(a) if torch.is_tensor(a) else a for a in arguments]
 
         got = operator(*flat(put(lambda a: a.cuda()))).cpu()
-        assert error(got, plainly(*put(lambda a: a.double())).numpy()) < bar
+        assert error(got, plainly(*put(lambda a: a.double())).numpy()) < BARS[dtype]
 
     for encode in (True, False):
         compare(operators.conv_attention, plain.conv_attention, case.arguments(encode))
     x = case.qkv[:, :, :channels].contiguous()
     position = (x, case.taps[:9].contiguous(), case.bias, size)
     compare(operators.encode_position, plain.encode_position, position)
+    generator = torch.Generator().manual_seed(0)
+    norm = [torch.randn(channels, generator=generator).to(dtype) for _ in range(2)]
+
+    def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float):
+        return torch.nn.functional.layer_norm(x, (channels,), weight, bias, eps)
+
+    compare(operators.layer_norm, layer_norm, (x, *norm, 1e-6))
     if channels in (64, 128):
-        generator = torch.Generator().manual_seed(0)
         hidden = 8 * channels
         shapes = ((channels,), (channels,), (hidden, channels), (hidden,), (channels, hidden))
         weights = [
