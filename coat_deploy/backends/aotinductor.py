@@ -110,7 +110,7 @@ def _fused(network: Any, precision: str) -> Any:
 
 
 def _forbid_tf32(options: LoadOptions) -> None:
-    """A package calls cuDNN, which minds what its process is set to."""
+    """Forbid it where it would be wrong: a package's cuDNN minds what its process is set to."""
     if options.device == "cuda" and options.precision == "fp32":
         eager.forbid_tf32()
 

@@ -23,6 +23,9 @@ from coat_deploy.runner import INPUT, Array, Closing, LoadOptions, Pixels, Tenso
 MAX_LANES = 8
 """Shapes that are kept ready; the one not used for longest makes room."""
 
+UNSUPPORTED = "does not support this compute capability"
+"""What TensorRT for RTX 1.7 says on an H200: it is for GPUs of workstations."""
+
 Shape = tuple[int, ...]
 
 
@@ -46,6 +49,12 @@ def load(flavour: Flavour, path: Path, options: LoadOptions) -> "TensorRtRunner"
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
     except OSError as error:
         raise CorruptArtifact(f"{path}: cannot be read ({error.strerror}).") from error
+    if engine is None and any(UNSUPPORTED in error for error in messages.errors):
+        gpu = cuda.device()
+        raise RunnerError(
+            f"{path.name}: {flavour.title} {trt.__version__} does not run on {gpu.name}, of "
+            f"compute capability {gpu.compute_capability}. Export it there with --target tensorrt."
+        )
     if engine is None:
         raise CorruptArtifact(
             f"{path}: {flavour.title} {trt.__version__} does not take it here "

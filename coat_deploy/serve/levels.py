@@ -59,10 +59,15 @@ class Levels(Closing):
                 stack.enter_context(level.runner)
 
     def warm_up(self, pixels: np.ndarray, runs: int) -> None:
-        """Run each a few times: the first runs allocate, and are slow."""
+        """Run each a few times with an image (1, 3, H, W): the first runs allocate, and are slow.
+
+        Where batches are computed as they come, with 2, 4 and more as well: a GPU's first run of a
+        shape may take seconds, and those between are filled up to one of these.
+        """
         for level in self._levels:
-            for _ in range(runs):
-                level.runner.run(pixels)
+            for count in _doubled(self.batch):
+                for _ in range(runs):
+                    level.runner.run(np.repeat(pixels, count, axis=0))
 
 
 def stream_counts(threads: int) -> list[int]:
@@ -97,6 +102,15 @@ def load_levels(source: Source, options: ServeOptions) -> Levels:
             levels.append(Level(streams, stack.enter_context(open_source(source, how))))
         stack.pop_all()  # they are the caller's now
     return Levels(levels, batch)
+
+
+def _doubled(most: int) -> list[int]:
+    """Return 1, 2, 4 and so on, and `most` itself.
+
+    >>> _doubled(1), _doubled(8), _doubled(12)
+    ([1], [1, 2, 4, 8], [1, 2, 4, 8, 12])
+    """
+    return [*(1 << power for power in range((most - 1).bit_length())), most]
 
 
 def _batch(source: Source, wanted: int) -> int:

@@ -22,7 +22,7 @@ ATTENTION = {
     "added": 3,
     "heads side by side": 2,
 }
-FUSED_ATTENTION = {"K and V": 2, "Q and V": 2, "written": 1}
+FUSED_ATTENTION = {"K and V": 2, "windows of V": 2, "Q and they": 2, "written": 1}
 POSITION = {"window": 2, "added": 3, "class token joined": 2}
 FUSED_POSITION = {"read and written": 2}
 FUSED_CHANNELS = 128

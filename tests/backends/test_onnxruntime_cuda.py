@@ -64,6 +64,7 @@ class FakeSession:
 
     def __init__(self, cpu=(), providers=("CUDAExecutionProvider", "CPUExecutionProvider")):
         self.cpu, self.providers, self.graphs = cpu, providers, []
+        self.shape = ["batch", 3, 32, 32]
 
     def get_providers(self):
         return list(self.providers)
@@ -76,8 +77,7 @@ class FakeSession:
         ]
 
     def get_inputs(self):
-        shape = ["batch", 3, 32, 32]
-        return [SimpleNamespace(name="pixels", type="tensor(float)", shape=shape)]
+        return [SimpleNamespace(name="pixels", type="tensor(float)", shape=self.shape)]
 
     def get_outputs(self):
         return [SimpleNamespace(name="logits", type="tensor(float)", shape=["batch", 1])]
@@ -163,6 +163,25 @@ def test_every_shape_has_a_cuda_graph_of_its_own(load) -> None:
             runner.run(pixels(batch))
     # Each shape once outside of graphs, once to capture it, and then by its number.
     assert session.graphs == ["-1", "1", "1", "-1", "2", "2", "1", "2"]
+
+
+def test_a_batch_is_filled_up_to_a_shape_that_is_ready(load) -> None:
+    session = FakeSession()
+    with load(session) as runner:
+        for batch in (16, 8, 3, 5, 2, 1):
+            got = runner.run(pixels(batch))["logits"]
+            assert got.shape == (batch, 1)
+            assert np.allclose(got, sums(pixels(batch)), atol=1e-3)
+        assert [shape[0] for shape in runner._bound] == [16, 3]
+
+
+def test_only_images_of_the_same_size_are_filled_up(load) -> None:
+    session = FakeSession()
+    session.shape = ["batch", 3, "height", "width"]
+    with load(session) as runner:
+        wide = np.ones((2, 3, 32, 64), np.float32)
+        runner.run(pixels(4))
+        assert np.allclose(runner.run(wide)["logits"], sums(wide))
 
 
 def test_float32_is_float32_unless_tf32_is_asked_for(load) -> None:

@@ -303,6 +303,23 @@ def test_a_plan_that_is_not_taken_is_corrupt(load, tmp_path) -> None:
         tensorrt_run.load(TENSORRT, tmp_path / "toy.engine", LoadOptions())
 
 
+def test_a_gpu_that_a_flavour_is_not_for_is_told(load, tmp_path) -> None:
+    load(SMALL)
+
+    def refusing(logger):
+        def deserialize(plan):
+            told = "The engine cannot run on this GPU. TensorRT-RTX does not support this compute"
+            logger.log(1, f"{told} capability, so the engine cannot be rebuilt for it.")
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+    trt = TENSORRT.load()
+    trt.Runtime = refusing
+    trt.ILogger.__init__ = lambda self: None
+    with pytest.raises(RunnerError, match=r"NVIDIA Test, of compute capability 9\.0\. Export it"):
+        tensorrt_run.load(TENSORRT, tmp_path / "toy.engine", LoadOptions())
+
+
 def test_inner_tensors_are_not_to_be_had(load) -> None:
     with pytest.raises(UsageError, match="no inner tensors"):
         load(SMALL, taps=("serial_blocks1.0.image",))

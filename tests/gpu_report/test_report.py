@@ -16,7 +16,7 @@ from coat_deploy.gpu_report.apart import Told
 from coat_deploy.gpu_report.budget import Budget
 from coat_deploy.gpu_report.networks import images, write_graph
 from coat_deploy.gpu_report.numerics import compare
-from coat_deploy.gpu_report.options import PUBLISHED, ReportOptions
+from coat_deploy.gpu_report.options import PUBLISHED, ReportOptions, parse_variants
 from coat_deploy.gpu_report.render import to_markdown, to_record
 from coat_deploy.gpu_report.timing import Step, measure
 from coat_deploy.gpu_report.torch_ways import torch_ways
@@ -89,6 +89,22 @@ def test_everything_is_checked_and_timed_and_what_is_missing_said(made_up) -> No
         {"what": "fused fp16", "why": "no kernels"},
         {"what": "tensorrt fp16", "why": "no engine"},
     ]
+
+
+def test_only_ways_that_are_asked_for_are_checked_and_timed(made_up) -> None:
+    found = report.report(replace(TOY, ways=("eager amp", "compile max-autotune fp16")))
+    assert {row["way"] for row in found.numerics} == {"eager amp fp16"}
+    assert {row["way"] for row in found.bench} == {"eager amp fp16", "compile max-autotune fp16"}
+    with pytest.raises(
+        UsageError, match=r"none is called fusd \(known: eager fp32, eager amp fp16"
+    ):
+        report.report(replace(TOY, ways=("fusd",)))
+
+
+def test_without_networks_to_check_all_time_is_for_timing(made_up) -> None:
+    found = report.report(replace(TOY, variants=parse_variants(("none",))))
+    assert not found.numerics and not found.checks and found.bench
+    assert parse_variants(()) == PUBLISHED and parse_variants(("coat_tiny",)) == ("coat_tiny",)
 
 
 def test_a_crash_keeps_what_was_found_before_and_the_others_go_on(made_up) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from coat_deploy.model import ArtifactQuery, Model
@@ -35,6 +36,22 @@ def test_the_runner_is_that_of_the_requests_at_work():
     assert ladder.streams == 16
     ladder.close()
     assert all(runner.closed for runner in runners)
+
+
+class Counting(Closable):
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def run(self, pixels):
+        self.batches.append(len(pixels))
+
+
+@pytest.mark.parametrize(("most", "batches"), [(1, [1, 1]), (6, [1, 1, 2, 2, 4, 4, 6, 6])])
+def test_every_batch_that_others_are_filled_up_to_is_warmed_up(most, batches):
+    runner = Counting()
+    Levels([Level(1, runner)], most).warm_up(np.zeros((1, 3, 32, 32), np.float32), runs=2)
+    assert runner.batches == batches
 
 
 def source_of(folder):

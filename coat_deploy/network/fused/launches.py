@@ -17,11 +17,11 @@ from coat_deploy.network.fused import kernels, plan
 Wrap = Callable[[Any], Any]
 """What makes a kernel part of a captured graph; for one that is interpreted, nothing."""
 
-BLOCK, CONTEXT_WARPS, CONTEXT_STAGES = 64, 4, 3
+BLOCK, CONTEXT_WARPS, CONTEXT_STAGES = 64, 4, 2
 """Tokens of the context that are in registers at once."""
-ATTENDED, ATTEND_WARPS = 64, 4
+ATTENDED, ATTEND_WARPS = 128, 4
 """Tokens that a program attends."""
-WINDOW_LANES, NARROW, EACH = 32, 4, 8
+WINDOW_LANES, NARROW, EACH = 16, 4, 8
 """Channels that a program slides windows over; of those a thread takes `NARROW` neighbours, and
 `EACH` results of a row in all."""
 MOST_ACROSS = 64
@@ -30,9 +30,9 @@ WINDOW_PROGRAMS, LEAST_ROWS = 1056, 4
 """Programs that windows are shared by at least, and rows of a tile where that allows as many."""
 TILE, POSITION_LANES, POSITION_WARPS = 8, 64, 4
 """Side of the square of pixels whose position a program encodes, and how many channels of it."""
-NORMED = 2048
+NORMED = 4096
 """Numbers that a program of LayerNorm takes."""
-ROWS, HIDDEN_BLOCK, FFN_WARPS, FFN_STAGES = 128, 64, 8, 3
+ROWS, HIDDEN_BLOCK, FFN_WARPS, FFN_STAGES = 64, 64, 4, 3
 """Tokens of the FFN that a program takes, and their hidden channels that it makes at once."""
 PROGRAMS = 1056
 """Programs that keep a large GPU busy: eight for each of 132 multiprocessors."""
