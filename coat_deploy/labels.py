@@ -1,5 +1,6 @@
 """From logits to named classes."""
 
+import math
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -23,12 +24,14 @@ def top_labels(logits: Array, labels: Sequence[str], count: int) -> list[ScoredL
     Raises: RunnerError for logits with NaN or infinity, which rank nothing.
     """
     assert logits.shape == (len(labels),)
-    if not np.isfinite(logits).all():
+    wide = logits.astype(np.float64)
+    highest = wide.max()
+    if not (math.isfinite(highest) and math.isfinite(wide.min())):  # NaN is both
         raise RunnerError(
             "logits: hold NaN or infinity, so there is no first class. "
             "Try a wider precision, or validate the artifact."
         )
-    weights = np.exp(logits.astype(np.float64) - logits.max())
+    weights = np.exp(wide - highest)
     scores = weights / weights.sum()
-    best = np.argsort(-scores, kind="stable")[:count]
+    best = (-scores).argsort(kind="stable")[:count]
     return [{"label": labels[i], "score": float(scores[i])} for i in best]

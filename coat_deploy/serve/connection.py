@@ -1,7 +1,8 @@
 """Connections as uvicorn reads them, with limits on a request's head, and bodies in one piece.
 
 uvicorn's fast parser takes heads of any length, for any time; it answers what it cannot parse in
-plain text; and it wakes the application for every part of a body, which it copies twice.
+plain text; it wakes the application for every part of a body, which it copies twice; and it sends
+the head of an answer alone, so that a client wakes twice.
 """
 
 import asyncio
@@ -40,6 +41,37 @@ class Parts:
 
     def __bytes__(self) -> bytes:
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+
+class Joining:
+    """A transport that sends the head of an answer with the body, where that comes at once."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send `data`; of a head not before the body, or all else that is to do now, is done."""
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Close it when all is sent."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        head, self._head = self._head, b""
+        if head:
+            self._transport.write(head)
 
 
 class Connection(HttpToolsProtocol):
@@ -89,6 +121,7 @@ class Connection(HttpToolsProtocol):
         self._late.cancel()
         super().on_headers_complete()
         self.cycle.body = Parts()  # type: ignore[assignment]
+        self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         """Gather a body; the application wakes when it is whole, or much of it is there."""

@@ -4,9 +4,9 @@ request id > token > route > answer or error > metrics, access log
 """
 
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 
 from starlette.exceptions import HTTPException
@@ -169,4 +169,4 @@ def _request_id(shown: bytes | None) -> bytes:
     """Return the id that the client gave, or one of our own."""
     if shown is not None and _ID.fullmatch(shown):
         return shown
-    return uuid.uuid4().hex.encode()
+    return os.urandom(16).hex().encode()

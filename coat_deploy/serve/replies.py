@@ -31,9 +31,12 @@ WORTH_PACKING = 1024
 """Shorter answers are sent as they are."""
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def json_bytes(document: Any) -> bytes:
     """Return a document as compact JSON."""
-    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+    return _COMPACT.encode(document).encode()
 
 
 def json_reply(document: Any, status: int = 200) -> Response:

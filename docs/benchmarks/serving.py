@@ -241,7 +241,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_threads())
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--starts", type=int, default=3, help="how often to start")
-    parser.add_argument("--rounds", type=int, default=100, help="rounds with one client")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds with one client")
+    parser.add_argument("--turn", type=int, default=4, help="requests in a row, in a round")
     parser.add_argument("--slices", type=int, default=7, help="rounds with many clients")
     parser.add_argument("--slice-s", type=float, default=3.0, help="seconds of each")
     parser.add_argument("--record", type=Path, metavar="FILE", help="append a line of JSON")
@@ -277,10 +278,11 @@ def race(
     for number in range(arguments.rounds + 3):
         generator.shuffle(order)
         for name in order:
-            begin = time.perf_counter_ns()
-            assert steps[name]() == OK
-            if number >= 3:  # the first ones warm up
-                times[name].append((time.perf_counter_ns() - begin) / 1e6)
+            for _ in range(arguments.turn):
+                begin = time.perf_counter_ns()
+                assert steps[name]() == OK
+                if number >= 3:  # the first ones warm up
+                    times[name].append((time.perf_counter_ns() - begin) / 1e6)
     return {
         name: dict(zip(("p50", "p90"), map(float, np.quantile(taken, (0.5, 0.9))), strict=True))
         for name, taken in times.items()
