@@ -20,7 +20,7 @@ Wrap = Callable[[Any], Any]
 BLOCK, CONTEXT_WARPS, CONTEXT_STAGES = 64, 4, 2
 """Tokens of the context that are in registers at once."""
 ATTENDED, ATTEND_WARPS = 128, 4
-"""Tokens that a program attends."""
+"""Tokens that a program attends; half as many of four bytes, for want of registers."""
 WINDOW_LANES, NARROW, EACH = 16, 4, 8
 """Channels that a program slides windows over; of those a thread takes `NARROW` neighbours, and
 `EACH` results of a row in all."""
@@ -34,6 +34,8 @@ NORMED = 4096
 """Numbers that a program of LayerNorm takes."""
 ROWS, HIDDEN_BLOCK, FFN_WARPS, FFN_STAGES = 64, 64, 4, 3
 """Tokens of the FFN that a program takes, and their hidden channels that it makes at once."""
+WIDE_ROWS, WIDE_HIDDEN_BLOCK, WIDE_FFN_WARPS, WIDE_FFN_STAGES = 64, 32, 8, 2
+"""The same of four bytes: more weights would not fit a multiprocessor's memory."""
 PROGRAMS = 1056
 """Programs that keep a large GPU busy: eight for each of 132 multiprocessors."""
 LEAST_CHUNK, MOST_SPLITS = 2 * BLOCK, 16
@@ -60,10 +62,11 @@ def conv_attention(
         slide_windows(qkv, taps, bias, windows, size, out, wrap)
     together = plan.heads_together(head, num_heads)
     groups = -(-num_heads // together)
-    wrap(kernels.attend_kernel)[(groups, (tokens + ATTENDED - 1) // ATTENDED, batch)](
+    attended = ATTENDED // 2 if qkv.dtype == torch.float32 else ATTENDED
+    wrap(kernels.attend_kernel)[(groups, (tokens + attended - 1) // attended, batch)](
         qkv, contexts, statistics, out, tokens, splits, head**-0.5,
         CHANNELS=channels, HEAD=head, GROUP_HEADS=together, LANES=plan.lanes(together, head),
-        BLOCK=ATTENDED, ENCODE=taps is not None, PRECISION=precision, num_warps=ATTEND_WARPS,
+        BLOCK=attended, ENCODE=taps is not None, PRECISION=precision, num_warps=ATTEND_WARPS,
     )  # fmt: skip
     return out
 
@@ -184,16 +187,16 @@ def feed_forward(
     """Return tokens (..., C) and their FFN by one kernel; arguments as of `plain.feed_forward`."""
     channels = x.shape[-1]
     num_rows = x.numel() // channels
-    # Weights of four bytes would not fit a multiprocessor's memory.
-    wide = weight1.dtype == torch.float32
-    rows, block = (ROWS // 2, HIDDEN_BLOCK // 2) if wide else (ROWS, HIDDEN_BLOCK)
+    rows, block, warps, stages = ROWS, HIDDEN_BLOCK, FFN_WARPS, FFN_STAGES
+    if weight1.dtype == torch.float32:
+        rows, block = WIDE_ROWS, WIDE_HIDDEN_BLOCK
+        warps, stages = WIDE_FFN_WARPS, WIDE_FFN_STAGES
     hidden = weight1.shape[0]
     out = x.new_empty(x.shape)
     wrap(kernels.feed_forward_kernel)[((num_rows + rows - 1) // rows,)](
         x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, out, num_rows, eps,
         CHANNELS=channels, HIDDEN=hidden, ROWS=rows, BLOCK=math.gcd(hidden, block),
-        PRECISION=_precision(weight1.dtype), num_warps=FFN_WARPS,
-        num_stages=2 if wide else FFN_STAGES,
+        PRECISION=_precision(weight1.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
