@@ -33,12 +33,13 @@ class Level:
 class Levels(Closing):
     """The runners of one artifact, for growing numbers of requests at once.
 
-    `batch`: most images that one call takes. Closing it frees all of them; none may be running.
+    `batch`: most images that one call takes; `first`: how many the first calls take, whose shapes
+    are then ready. Closing it frees all of them; none may be running.
     """
 
-    def __init__(self, levels: Sequence[Level], batch: int) -> None:
+    def __init__(self, levels: Sequence[Level], batch: int, first: Sequence[int] = (1,)) -> None:
         assert levels
-        self.batch = batch
+        self.batch, self._first = batch, tuple(first)
         self._levels = tuple(sorted(levels, key=lambda level: level.streams))
         self.inputs, self.outputs = levels[0].runner.inputs, levels[0].runner.outputs
 
@@ -59,13 +60,9 @@ class Levels(Closing):
                 stack.enter_context(level.runner)
 
     def warm_up(self, pixels: np.ndarray, runs: int) -> None:
-        """Run each a few times with an image (1, 3, H, W): the first runs allocate, and are slow.
-
-        Where batches are computed as they come, with 2, 4 and more as well: a GPU's first run of a
-        shape may take seconds, and those between are filled up to one of these.
-        """
+        """Run each a few times with an image (1, 3, H, W): first runs allocate, and are slow."""
         for level in self._levels:
-            for count in _doubled(self.batch):
+            for count in self._first:
                 for _ in range(runs):
                     level.runner.run(np.repeat(pixels, count, axis=0))
 
@@ -101,15 +98,17 @@ def load_levels(source: Source, options: ServeOptions) -> Levels:
             )
             levels.append(Level(streams, stack.enter_context(open_source(source, how))))
         stack.pop_all()  # they are the caller's now
-    return Levels(levels, batch)
+    return Levels(levels, batch, _first(source, batch))
 
 
-def _doubled(most: int) -> list[int]:
-    """Return 1, 2, 4 and so on, and `most` itself.
+def _first(source: Source, most: int) -> list[int]:
+    """Return batches to begin with: 1, 2, 4 and so on, and `most` itself.
 
-    >>> _doubled(1), _doubled(8), _doubled(12)
-    ([1], [1, 2, 4, 8], [1, 2, 4, 8, 12])
+    A GPU's first run of a shape may take onnxruntime seconds; batches between these are filled up.
+    An engine's take none, and it may not be built for them all.
     """
+    if source.artifact and source.artifact.engine:
+        return [1]
     return [*(1 << power for power in range((most - 1).bit_length())), most]
 
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -47,11 +49,21 @@ class Counting(Closable):
         self.batches.append(len(pixels))
 
 
-@pytest.mark.parametrize(("most", "batches"), [(1, [1, 1]), (6, [1, 1, 2, 2, 4, 4, 6, 6])])
-def test_every_batch_that_others_are_filled_up_to_is_warmed_up(most, batches):
+def test_the_first_calls_take_every_batch_that_others_are_filled_up_to():
     runner = Counting()
-    Levels([Level(1, runner)], most).warm_up(np.zeros((1, 3, 32, 32), np.float32), runs=2)
-    assert runner.batches == batches
+    Levels([Level(1, runner)], 4, [1, 2, 4]).warm_up(np.zeros((1, 3, 32, 32), np.float32), 2)
+    assert runner.batches == [1, 1, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("most", "batches"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])]
+)
+def test_those_batches_are_doubled_but_for_an_engine(most, batches):
+    graph, engine = (
+        SimpleNamespace(artifact=SimpleNamespace(engine=how)) for how in (None, "an engine")
+    )
+    assert levels._first(graph, most) == batches
+    assert levels._first(engine, most) == [1]
 
 
 def source_of(folder):

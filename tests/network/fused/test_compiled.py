@@ -128,7 +128,7 @@ def check(done: list[Compiled]) -> None:
     assert multiply == ["context_kernel", "attend_kernel", "feed_forward_kernel"][: len(done) - 3]
 
 
-def test_a_block_compiles_for_sm90_within_its_registers(compiler) -> None:
+def test_a_block_compiles_within_the_registers_of_sm90(compiler) -> None:
     launch_block(VARIANTS["coat_lite_mini"], 1, torch.float16, compiler[0])
     check(compiler[1])
 
@@ -137,7 +137,7 @@ def test_a_block_compiles_for_sm90_within_its_registers(compiler) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("scale", [1, 2, 3, 4])
 @pytest.mark.parametrize("variant", PUBLISHED, ids=lambda variant: variant.name)
-def test_every_block_compiles_for_sm90_within_its_registers(compiler, variant, scale, dtype) -> None:
+def test_every_block_compiles_within_the_registers_of_sm90(compiler, variant, scale, dtype) -> None:
     launch_block(variant, scale, dtype, compiler[0])
     check(compiler[1])
 
