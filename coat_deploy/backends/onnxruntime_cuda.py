@@ -28,12 +28,8 @@ _SHAPES = re.compile(r"(.*\.)?(size|count|joined_count|map_shape|token_shape|joi
 is open; they may be on the CPU."""
 
 MAX_SHAPES = 8
-"""Shapes that are kept ready; the one not used for longest makes room."""
-
-FILLED = 4
-"""A batch of at least a quarter of a shape that is ready is filled up to it. A shape of its own
-would cost it seconds, of which cuDNN spends most compiling windows: 3 to 7 s for coat_lite_tiny in
-fp16 on an H200, where 64 images take 9 ms."""
+"""Shapes that are kept ready, or as many as batches are filled up to; the one not used for longest
+makes room."""
 
 
 def load(path: Path, options: LoadOptions, *, captured: bool = True) -> "OnnxRuntimeCudaRunner":
@@ -56,13 +52,13 @@ def load(path: Path, options: LoadOptions, *, captured: bool = True) -> "OnnxRun
     captured = captured and options.provider != "tensorrt"  # whose engines do it, or not
     try:
         session = _open(path, options, strict=True, captured=captured)
-        return OnnxRuntimeCudaRunner(session, captured=captured)
+        return OnnxRuntimeCudaRunner(session, captured=captured, most=options.batch)
     except RunnerError as error:
         if "fallback" not in str(error):
             raise
     # A graph of open size computes shapes on the CPU; that and nothing else is let through.
     session = _open(path, options, strict=False, captured=False)
-    return OnnxRuntimeCudaRunner(session, captured=False)
+    return OnnxRuntimeCudaRunner(session, captured=False, most=options.batch)
 
 
 def require_cuda() -> None:
@@ -152,13 +148,15 @@ def check_placement(path: Path, session: Any, wanted: Sequence[str] = (PROVIDER,
 class OnnxRuntimeCudaRunner(Closing):
     """Runs whole batches; inputs and outputs stay on the device while it computes.
 
-    captured: the network is captured as a CUDA graph for every shape, and replayed.
+    captured: the network is captured as a CUDA graph for every shape, and replayed. most: batches
+    up to this are filled up to 1, 2, 4 and so on, or to it. A shape's first run takes seconds, most
+    of which cuDNN spends compiling windows: 3 to 7 s for coat_lite_tiny in fp16 on an H200.
     """
 
     target = "onnxruntime"
 
-    def __init__(self, session: Any, *, captured: bool) -> None:
-        self._session, self._captured = session, captured
+    def __init__(self, session: Any, *, captured: bool, most: int = 1) -> None:
+        self._session, self._captured, self._most = session, captured, most
         self.inputs = tuple(map(read_spec, session.get_inputs()))
         self.outputs = tuple(map(read_spec, session.get_outputs()))
         self._bound: OrderedDict[tuple[int, ...], Bound] = OrderedDict()
@@ -172,22 +170,20 @@ class OnnxRuntimeCudaRunner(Closing):
     def run(self, pixels: Pixels) -> Mapping[str, Array]:
         """Return the outputs by name, in host memory. Raises RunnerError."""
         pixels = accept(pixels, self.inputs[0], self.target)
-        shape = self._ready(pixels.shape) or pixels.shape
+        shape = (self._filled(len(pixels)), *pixels.shape[1:])
         bound = self._bound.get(shape) or self._new(shape)
         self._bound[shape] = bound
         self._bound.move_to_end(shape)
-        while len(self._bound) > MAX_SHAPES:
+        while len(self._bound) > max(MAX_SHAPES, self._most.bit_length() + 1):
             self._bound.popitem(last=False)
         bound.put(pixels)
         bound.compute()
         outputs = (output[: len(pixels)] for output in bound.get())
         return dict(zip((spec.name for spec in self.outputs), outputs, strict=True))
 
-    def _ready(self, wanted: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the smallest shape that is ready and takes images of `wanted`, or None."""
-        count, *image = wanted
-        fit = (s for s in self._bound if [*s[1:]] == image and count <= s[0] <= FILLED * count)
-        return min(fit, default=None)
+    def _filled(self, count: int) -> int:
+        """Return how many images a batch of so many is filled up to."""
+        return count if count > self._most else min(1 << (count - 1).bit_length(), self._most)
 
     def bind(self, pixels: Pixels) -> Callable[[], object]:
         """Return a step that computes on the device, from a copy there to outputs there."""

@@ -56,12 +56,19 @@ class ReportOptions:
                 raise UsageError(unknown_name("variant", name, VARIANTS))
         if not self.budget_s > 0 or not self.seconds > 0:
             raise UsageError(f"budget: must be above 0 (got {self.budget_s:g} s).")
+        if not self.variants and not self.bench:
+            raise UsageError("variants and bench: both name no network, so there is nothing to do.")
         if not self.batches or min(self.batches) < 1:
             raise UsageError("batch: nothing given, or below 1. Write 1,8,64,256.")
 
     def wants(self, way: str, precision: str) -> bool:
         """Return whether a way, by its name with the precision, is among those asked for."""
-        return not self.ways or way in self.ways or way.removesuffix(f" {precision}") in self.ways
+        return not self.ways or any(self.is_called(name, way, precision) for name in self.ways)
+
+    @staticmethod
+    def is_called(name: str, way: str, precision: str) -> bool:
+        """Return whether `name` means a way, with or without its precision."""
+        return name in (way, way.removesuffix(f" {precision}"))
 
 
 def parse_variants(words: tuple[str, ...]) -> tuple[str, ...]:

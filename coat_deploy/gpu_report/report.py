@@ -111,11 +111,10 @@ class _Run:
         first, others = torch_ways()[:2], torch_ways()[2:]
         every = [*first, *fused_ways(), *others, *runtime_ways()]
         wanted = [way for way in every if self.options.wants(way.name, way.precision)]
-        if not wanted:
-            names = ", ".join(way.name for way in every)
-            raise UsageError(
-                f"ways: none is called {', '.join(self.options.ways)} (known: {names})."
-            )
+        for name in self.options.ways:
+            if not any(self.options.is_called(name, way.name, way.precision) for way in every):
+                known = ", ".join(way.name for way in every)
+                raise UsageError(f"ways: none is called {name} (known: {known}).")
         ways = self._there(wanted)
         self._check([way for way in ways if way.checked])
         self._bench(ways)
@@ -134,7 +133,7 @@ class _Run:
 
     def _check(self, ways: Sequence[Way]) -> None:
         """Check placement and numbers."""
-        if not self.options.variants:
+        if not (self.options.variants and ways):
             return
         self._placement()
         variants, place = self.options.variants, dataclasses.replace(self.place, batches=(4,))

@@ -121,7 +121,8 @@ class Connection(HttpToolsProtocol):
         self._late.cancel()
         super().on_headers_complete()
         self.cycle.body = Parts()  # type: ignore[assignment]
-        self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]
+        if self.scope["method"] != "HEAD":  # whose head would wait for a body that never comes
+            self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         """Gather a body; the application wakes when it is whole, or much of it is there."""

@@ -215,6 +215,8 @@ def main() -> None:
         "sha256": source.sha256,
         "threads": arguments.threads,
         "clients": arguments.clients,
+        "rounds": arguments.rounds,
+        "turn": arguments.turn,
         "start_s": statistics.median(starts),
         "latency_ms": latencies,
         "images_per_s": rates,

@@ -64,7 +64,7 @@ class FakeSession:
 
     def __init__(self, cpu=(), providers=("CUDAExecutionProvider", "CPUExecutionProvider")):
         self.cpu, self.providers, self.graphs = cpu, providers, []
-        self.shape = ["batch", 3, 32, 32]
+        self.shape, self.memory = ["batch", 3, 32, 32], 64
 
     def get_providers(self):
         return list(self.providers)
@@ -86,7 +86,7 @@ class FakeSession:
         return FakeBinding()
 
     def run_with_iobinding(self, binding, options):
-        if len(binding.input.values) > 64:
+        if len(binding.input.values) > self.memory:
             raise RuntimeError("BFCArena: Failed to allocate memory")
         self.graphs.append(options.get_run_config_entry("gpu_graph_id"))
         sums = binding.input.values.sum((1, 2, 3))[:, None]
@@ -165,14 +165,30 @@ def test_every_shape_has_a_cuda_graph_of_its_own(load) -> None:
     assert session.graphs == ["-1", "1", "1", "-1", "2", "2", "1", "2"]
 
 
-def test_a_batch_is_filled_up_to_a_shape_that_is_ready(load) -> None:
-    session = FakeSession()
-    with load(session) as runner:
-        for batch in (16, 8, 3, 5, 2, 1):
+def test_batches_are_filled_up_to_a_few_shapes(load) -> None:
+    with load(FakeSession(), LoadOptions(device="cuda", batch=12)) as runner:
+        for batch in (2, 1, 3, 4, 5, 8, 9, 11, 12, 13):
             got = runner.run(pixels(batch))["logits"]
             assert got.shape == (batch, 1)
             assert np.allclose(got, sums(pixels(batch)), atol=1e-3)
-        assert [shape[0] for shape in runner._bound] == [16, 3]
+        assert [shape[0] for shape in runner._bound] == [2, 1, 4, 8, 12, 13]
+
+
+def test_as_many_shapes_stay_ready_as_batches_are_filled_up_to(load) -> None:
+    doubled = [1 << power for power in range(11)]
+    session = FakeSession()
+    session.memory = 1 << 20
+    with load(session, LoadOptions(device="cuda", batch=1024)) as runner:
+        for batch in (2, *doubled):
+            runner.run(np.ones((batch, 3, 32, 32), np.float32))
+        assert sorted(shape[0] for shape in runner._bound) == doubled
+
+
+def test_without_a_largest_batch_each_is_computed_as_it_is(load) -> None:
+    with load(FakeSession()) as runner:
+        for batch in (8, 3, 2, 1):
+            runner.run(pixels(batch))
+        assert [shape[0] for shape in runner._bound] == [8, 3, 2, 1]
 
 
 def test_only_images_of_the_same_size_are_filled_up(load) -> None:

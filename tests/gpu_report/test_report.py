@@ -98,7 +98,7 @@ def test_only_ways_that_are_asked_for_are_checked_and_timed(made_up) -> None:
     with pytest.raises(
         UsageError, match=r"none is called fusd \(known: eager fp32, eager amp fp16"
     ):
-        report.report(replace(TOY, ways=("fusd",)))
+        report.report(replace(TOY, ways=("eager amp", "fusd")))
 
 
 def test_without_networks_to_check_all_time_is_for_timing(made_up) -> None:
@@ -215,7 +215,13 @@ def test_without_pytorch_it_says_what_to_install(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"device": "gpu"}, {"variants": ("coat_tini",)}, {"batches": ()}, {"budget_s": 0}],
+    [
+        {"device": "gpu"},
+        {"variants": ("coat_tini",)},
+        {"batches": ()},
+        {"budget_s": 0},
+        {"variants": (), "bench": ()},
+    ],
 )
 def test_options_that_cannot_be_are_refused(fields) -> None:
     with pytest.raises(UsageError):

@@ -99,7 +99,8 @@ class PackedWindows(nn.Module):
             for conv in convolutions
             for _ in range(conv.out_channels // crpe.head_channels)
         ]
-        assert len(plan.window_blocks(windows, 1, 1)) <= plan.NUM_KINDS
+        assert set(windows) <= set(plan.WINDOWS), windows
+        assert len(plan.window_blocks(windows, 1, 1)) <= plan.NUM_KINDS  # runs of heads alike
         return cls(convolutions, windows)
 
 

@@ -1,6 +1,7 @@
 """The kernels put to work: grids, blocks and what lies between two kernels.
 
-Sizes may be symbols of a graph that is being captured: nothing here asks for their values.
+Sizes may be symbols of a graph that is being captured: nothing here asks for their values, but for
+that of the map's width, of which columns follow.
 
 Letters: B images, N = 1 + H*W tokens (class token first), C channels, h heads, c = C / h.
 """

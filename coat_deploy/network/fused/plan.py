@@ -17,6 +17,9 @@ ALIGNED = 8
 NUM_KINDS = 3
 """Kinds of windows that a launch tells apart."""
 
+WINDOWS = (3, 5, 7)
+"""Widths of windows that `kernels.window_kernel` slides."""
+
 
 def lanes(heads: int, head_channels: int) -> int:
     """Return the power of two that holds so many heads, wherever the first begins.

@@ -29,6 +29,16 @@ def outputs(network: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return output if torch.is_tensor(output) else torch.cat([x.flatten() for x in output])
 
 
+def test_layer_norm_is_an_operator_where_nothing_compiles(pixels) -> None:
+    network = fuse(create_network("coat_lite_toy", 10).eval(), feed_forward=False)
+    with torch.profiler.profile() as seen:
+        outputs(network, pixels)
+    assert "coat::layer_norm" in {event.key for event in seen.key_averages()}
+    targets = {str(node.target) for node in torch.export.export(network, (pixels,)).graph.nodes}
+    assert "aten.layer_norm.default" in targets
+    assert not [target for target in targets if "coat.layer_norm" in target]
+
+
 @pytest.fixture(params=[1, 1 << 30], ids=["every FFN fused", "no FFN fused"])
 def _tokens(request, monkeypatch) -> None:
     monkeypatch.setattr(fusing, "FFN_TOKENS", request.param)

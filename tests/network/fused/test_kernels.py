@@ -47,7 +47,7 @@ def test_so_it_is_on_maps_of_any_size_and_several_images(
 @pytest.mark.parametrize(
     "constants",
     [
-        {"WINDOW_LANES": 16},
+        {"WINDOW_LANES": 32},
         {"WINDOW_LANES": 64},
         {"MOST_ACROSS": 8},
         {"WINDOW_PROGRAMS": 1},
@@ -90,6 +90,19 @@ def test_a_value_that_is_no_number_spoils_its_image_only(interpreted, draw) -> N
     case.qkv[1, 4, :] = torch.nan
     got = interpreted("conv_attention", *case.arguments())
     assert got.isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
+@every_type
+@pytest.mark.parametrize("channels", [16, 152, 216])
+def test_layer_norm_is_pytorchs_in_float64(interpreted, error, channels, dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = (2 + 0.01 * torch.randn(2, 45, channels, generator=generator)).to(dtype)
+    weight, bias = (torch.randn(channels, generator=generator).to(dtype) for _ in range(2))
+    exact = (t.double() for t in (weight, bias))
+    expected = torch.nn.functional.layer_norm(x.double(), (channels,), *exact, eps=1e-3)
+    got = interpreted("layer_norm", x, weight, bias, 1e-3)
+    assert got.dtype == dtype
+    assert error(got, expected.numpy()) < BARS[dtype]
 
 
 @every_type
