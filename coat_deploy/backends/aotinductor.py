@@ -84,7 +84,7 @@ def build(model: Path, size: Size, options: LoadOptions) -> Package:
     network = eager.load_network(model, options.features)
     if options.device == "cuda":
         network = _fused(network, options.precision)
-        _forbid_tf32(options)
+    eager.keep_float32(options)
     network = network.to(options.device)
     record = PackageRecord(options.device, host(options.device))
     outputs = FEATURES if options.features else (LOGITS,)
@@ -109,12 +109,6 @@ def _fused(network: Any, precision: str) -> Any:
     return lower(network, low) if low else network
 
 
-def _forbid_tf32(options: LoadOptions) -> None:
-    """Forbid it where it would be wrong: a package's cuDNN minds what its process is set to."""
-    if options.device == "cuda" and options.precision == "fp32":
-        eager.forbid_tf32()
-
-
 def mismatch(record: PackageRecord, device: str) -> str | None:
     """Return in what this machine differs from those a package is for, or None."""
     return record.mismatch(host(device), device)
@@ -135,7 +129,7 @@ def load(path: Path, options: LoadOptions) -> "AotInductorRunner":
         raise RunnerError(f"{path}: not a package for this machine: {reason}. Export it here.")
     from torch._inductor.package.package import load_package
 
-    _forbid_tf32(options)
+    eager.keep_float32(options)  # a package's cuDNN minds what its process is set to
     try:
         # As `torch._inductor.aoti_load_package`, which has but one copy of the network's memory:
         # concurrent calls would wait for each other.

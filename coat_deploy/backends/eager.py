@@ -78,6 +78,12 @@ def forbid_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def keep_float32(options: LoadOptions) -> None:
+    """Forbid TF32 where fp32 was asked for on a GPU."""
+    if options.device == "cuda" and options.precision == "fp32":
+        forbid_tf32()
+
+
 def load(path: Path, options: LoadOptions) -> "EagerRunner":
     """Load the model folder `path` in evaluation mode.
 
@@ -146,8 +152,7 @@ class EagerRunner(Closing):
         self._prepare_thread()
         self._taps = options.taps
         self._device = options.device
-        if self._device == "cuda" and options.precision == "fp32":
-            forbid_tf32()
+        keep_float32(options)
         self._dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options.precision)
         self._fused = options.fused
         if self._fused:

@@ -43,17 +43,22 @@ class Parts:
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
 
-class Joining:
-    """A transport that sends the head of an answer with the body, where that comes at once."""
+class Joining(asyncio.Transport):
+    """A transport that sends the head of an answer with the body, where that comes at once.
+
+    It has what uvicorn asks of one while it answers, and no more.
+    """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
         self._transport, self._loop = transport, loop
         self._head = b""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+    def is_closing(self) -> bool:
+        """Return whether it is closing or closed."""
+        return self._transport.is_closing()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Any) -> None:
         """Send `data`; of a head not before the body, or all else that is to do now, is done."""
         if self._head:
             data, self._head = self._head + data, b""
@@ -122,7 +127,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self.cycle.body = Parts()  # type: ignore[assignment]
         if self.scope["method"] != "HEAD":  # whose head would wait for a body that never comes
-            self.cycle.transport = Joining(self.transport, self.loop)  # type: ignore[assignment]
+            self.cycle.transport = Joining(self.transport, self.loop)
 
     def on_body(self, body: bytes) -> None:
         """Gather a body; the application wakes when it is whole, or much of it is there."""

@@ -286,3 +286,26 @@ def test_taps_of_threads_do_not_mix(model, pixels, at_once) -> None:
         for got, alone in zip(at_once(*calls), expected, strict=True):
             for value in got:
                 assert all(np.array_equal(value[tap], alone[tap]) for tap in TAPS)
+
+
+@pytest.fixture
+def rounding():
+    """What may round float32 to TF32, allowed to, and put back as it was."""
+    kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = True
+    yield kinds
+    for kind, allowed in zip(kinds, before, strict=True):
+        kind.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "allowed"),
+    [("cuda", "fp32", False), ("cuda", "fp16", True), ("cpu", "fp32", True)],
+)
+def test_tf32_is_forbidden_where_fp32_is_asked_for_on_a_gpu(
+    rounding, device, precision, allowed
+) -> None:
+    eager.keep_float32(LoadOptions(device=device, precision=precision))
+    assert [kind.allow_tf32 for kind in rounding] == [allowed, allowed]

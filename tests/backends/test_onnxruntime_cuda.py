@@ -194,10 +194,11 @@ def test_without_a_largest_batch_each_is_computed_as_it_is(load) -> None:
 def test_only_images_of_the_same_size_are_filled_up(load) -> None:
     session = FakeSession()
     session.shape = ["batch", 3, "height", "width"]
-    with load(session) as runner:
-        wide = np.ones((2, 3, 32, 64), np.float32)
+    with load(session, LoadOptions(device="cuda", batch=4)) as runner:
+        wide = np.ones((3, 3, 32, 64), np.float32)
         runner.run(pixels(4))
         assert np.allclose(runner.run(wide)["logits"], sums(wide))
+        assert list(runner._bound) == [(4, 3, 32, 32), (4, 3, 32, 64)]
 
 
 def test_float32_is_float32_unless_tf32_is_asked_for(load) -> None:

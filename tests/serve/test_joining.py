@@ -16,7 +16,7 @@ class FakeTransport:
         self.done.append("closed")
 
     def is_closing(self):
-        return False
+        return "closed" in self.done
 
 
 class FakeLoop:
@@ -70,5 +70,8 @@ def test_a_head_is_sent_before_the_end():
     assert done == [HEAD, "closed"]
 
 
-def test_all_else_is_the_transports():
-    assert joined()[0].is_closing() is False
+def test_it_is_closing_when_its_transport_is():
+    joining, _, _ = joined()
+    assert not joining.is_closing()
+    joining.close()
+    assert joining.is_closing()

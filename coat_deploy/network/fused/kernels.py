@@ -201,7 +201,6 @@ def _slide(
     last,
     height,
     width,
-    STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
     LANES: tl.constexpr,
     ACROSS: tl.constexpr,
@@ -212,7 +211,7 @@ def _slide(
 
     Goes down the rows of V, each of which is read once for every column of the window and added to
     all results that see it: `sum0` is of the highest row that does, and done when it was. The
-    window is of `RADIUS`, its taps stored `SIDE` wide. STRIDE: from one token of V to the next.
+    window is of `RADIUS`, its taps stored `SIDE` wide.
     """
     known = channel < CHANNELS
     beginning = tl.zeros((ACROSS, LANES), tl.float32)
@@ -222,10 +221,10 @@ def _slide(
     line: tl.constexpr = SIDE * CHANNELS  # of taps
     for row in range(first - RADIUS, last + RADIUS):
         here = (row >= 0) & (row < height)
-        at = values + (1 + row * width + x)[:, None] * STRIDE + channel[None, :]
+        at = values + (1 + row * width + x)[:, None] * (3 * CHANNELS) + channel[None, :]
         for dx in tl.static_range(-RADIUS, RADIUS + 1):
             near = (here & (x + dx >= 0) & (x + dx < width))[:, None] & known[None, :]
-            v = tl.load(at + dx * STRIDE, mask=near, other=0.0).to(tl.float32)
+            v = tl.load(at + dx * (3 * CHANNELS), mask=near, other=0.0).to(tl.float32)
             lowest = taps + (SIDE // 2 + RADIUS) * line + (SIDE // 2 + dx) * CHANNELS
             sum0 += v * _channels(lowest, channel, CHANNELS, LANES)
             sum1 += v * _channels(lowest - line, channel, CHANNELS, LANES)
@@ -295,17 +294,17 @@ def window_kernel(
     if block < BLOCKS_A:
         _slide(
             values, taps, bias, written, channel, x, first, last, height, width,
-            3 * CHANNELS, CHANNELS, LANES, ACROSS, RADIUS_A, SIDE,
+            CHANNELS, LANES, ACROSS, RADIUS_A, SIDE,
         )  # fmt: skip
     elif block < BLOCKS_A + BLOCKS_B:
         _slide(
             values, taps, bias, written, channel, x, first, last, height, width,
-            3 * CHANNELS, CHANNELS, LANES, ACROSS, RADIUS_B, SIDE,
+            CHANNELS, LANES, ACROSS, RADIUS_B, SIDE,
         )  # fmt: skip
     else:
         _slide(
             values, taps, bias, written, channel, x, first, last, height, width,
-            3 * CHANNELS, CHANNELS, LANES, ACROSS, RADIUS_C, SIDE,
+            CHANNELS, LANES, ACROSS, RADIUS_C, SIDE,
         )  # fmt: skip
 
 
@@ -321,25 +320,21 @@ def _convolved(
     known,
     height,
     width,
-    STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
     RADIUS: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """Return DWConv(V) at the pixels (y, x), a window of `RADIUS` in taps stored `SIDE` wide.
-
-    STRIDE: from one token to the next, which may be wider than the C channels of V.
-    """
-    at = (1 + y * width + x)[:, None] * STRIDE + channel[None, :]
+    """Return DWConv(V) at the pixels (y, x), a window of `RADIUS` in taps stored `SIDE` wide."""
+    at = (1 + y * width + x)[:, None] * CHANNELS + channel[None, :]
     result = tl.zeros(there.shape, tl.float32)
     result += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     for dy in range(-RADIUS, RADIUS + 1):
         row = (y + dy >= 0) & (y + dy < height)
-        shifted = values + at + dy * width * STRIDE
+        shifted = values + at + dy * width * CHANNELS
         weights = taps + ((dy + SIDE // 2) * SIDE + SIDE // 2) * CHANNELS + channel
         for dx in tl.static_range(-RADIUS, RADIUS + 1):
             near = row & (x + dx >= 0) & (x + dx < width)
-            v = tl.load(shifted + dx * STRIDE, mask=there & near[:, None], other=0.0)
+            v = tl.load(shifted + dx * CHANNELS, mask=there & near[:, None], other=0.0)
             tap = tl.load(weights + dx * CHANNELS, mask=known, other=0.0).to(tl.float32)
             result += v.to(tl.float32) * tap[None, :]
     return result
@@ -381,7 +376,7 @@ def position_kernel(
     place = (1 + row * width + column)[:, None] * CHANNELS + channel[None, :]
     encoded = _convolved(
         rows, taps, bias, row, column, channel, there, known, height, width,
-        CHANNELS, CHANNELS, SIDE // 2, SIDE,
+        CHANNELS, SIDE // 2, SIDE,
     )  # fmt: skip
     encoded += tl.load(rows + place, mask=there, other=0.0).to(tl.float32)
     tl.store(written + place, encoded.to(out.dtype.element_ty), mask=there)

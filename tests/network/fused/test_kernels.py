@@ -8,8 +8,9 @@ from coat_deploy.network.variants import VARIANTS
 
 WIDTHS = sorted({channels for variant in VARIANTS.values() for channels in variant.channels})
 """Channels of every scale of every variant: 2 to 64 a head, odd ones among them."""
-BARS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 3e-3}
-"""bfloat16 is rounded twice, after the windows and at the end: each costs 1.7e-3 at most."""
+BARS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}
+ENCODED_BARS = BARS | {torch.bfloat16: 3e-3}
+"""With windows bfloat16 is rounded twice, after them and at the end: each costs 1.7e-3 at most."""
 
 every_type = pytest.mark.parametrize("dtype", BARS, ids=str)
 
@@ -20,7 +21,7 @@ def test_conv_attention_is_the_papers(interpreted, draw, paper, error, channels,
     case = draw(channels, (3, 5), 1, dtype)
     got = interpreted("conv_attention", *case.arguments())
     assert got.dtype == dtype
-    assert error(got, case.expected(paper)) < BARS[dtype]
+    assert error(got, case.expected(paper)) < ENCODED_BARS[dtype]
 
 
 @every_type

@@ -8,7 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from coat_deploy.network.fused import operators, plain
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BARS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 3e-3}
+BARS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}
+ENCODED_BARS = BARS | {torch.bfloat16: 3e-3}
+"""Kernels round bfloat16 once more after the windows."""
 
 
 @pytest.fixture(params=["conv_attention", "conv_attention alone", "position", "feed_forward"])
@@ -83,15 +85,15 @@ def test_the_plain_form_computes_float64_in_float64(draw, paper) -> None:
 def test_a_gpu_computes_the_same(draw, error, channels, dtype, size) -> None:
     case = draw(channels, size, 3, dtype)
 
-    def compare(operator, plainly, arguments) -> None:
+    def compare(operator, plainly, arguments, bars=BARS) -> None:
         def put(how):
             return [how(a) if torch.is_tensor(a) else a for a in arguments]
 
         got = operator(*flat(put(lambda a: a.cuda()))).cpu()
-        assert error(got, plainly(*put(lambda a: a.double())).numpy()) < BARS[dtype]
+        assert error(got, plainly(*put(lambda a: a.double())).numpy()) < bars[dtype]
 
-    for encode in (True, False):
-        compare(operators.conv_attention, plain.conv_attention, case.arguments(encode))
+    for encode, bars in ((True, ENCODED_BARS), (False, BARS)):
+        compare(operators.conv_attention, plain.conv_attention, case.arguments(encode), bars)
     x = case.qkv[:, :, :channels].contiguous()
     position = (x, case.taps[:9].contiguous(), case.bias, size)
     compare(operators.encode_position, plain.encode_position, position)
