@@ -94,16 +94,19 @@ class Evaluation:
 
     def _crop(self, chosen: Sequence[int]) -> list[Pixels8 | None]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self._cropped_image, chosen))
+            crops = list(pool.map(self._cropped_or_fault, chosen))
+        # Told here, in the images' order, which is not the order in which threads end.
+        for crop in crops:
+            if isinstance(crop, ImageError) and not self._told:
+                _log.warning("skipped: %s", crop)
+        return [None if isinstance(crop, ImageError) else crop for crop in crops]
 
-    def _cropped_image(self, index: int) -> Pixels8 | None:
+    def _cropped_or_fault(self, index: int) -> Pixels8 | ImageError:
         try:
             image: Image.Image = self._data.image(index)
             image = resize_and_crop(image, self._how, self._data.name(index))
-        except ImageError as error:
-            if not self._told:
-                _log.warning("skipped: %s", error)
-            return None
+        except ImageError as fault:
+            return fault
         return np.asarray(image).transpose(2, 0, 1)
 
 
