@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from coat_deploy.errors import RunnerError
 from coat_deploy.runner import Array
+
+FEW = 16
+"""Classes up to which one after another is found sooner than all are sorted."""
 
 
 class ScoredLabel(TypedDict):
@@ -25,13 +29,29 @@ def top_labels(logits: Array, labels: Sequence[str], count: int) -> list[ScoredL
     """
     assert logits.shape == (len(labels),)
     wide = logits.astype(np.float64)
-    highest = wide.max()
-    if not (math.isfinite(highest) and math.isfinite(wide.min())):  # NaN is both
+    highest, lowest = wide.item(wide.argmax()), wide.item(wide.argmin())  # either finds a NaN
+    if not (math.isfinite(highest) and math.isfinite(lowest)):
         raise RunnerError(
             "logits: hold NaN or infinity, so there is no first class. "
             "Try a wider precision, or validate the artifact."
         )
     weights = np.exp(wide - highest)
-    scores = weights / weights.sum()
-    best = (-scores).argsort(kind="stable")[:count]
-    return [{"label": labels[i], "score": float(scores[i])} for i in best]
+    total = float(weights.sum())
+    return [
+        {"label": labels[i], "score": weights.item(i) / total} for i in top_classes(wide, count)
+    ]
+
+
+def top_classes(logits: npt.NDArray[np.floating], count: int) -> list[int]:
+    """Return the `count` classes with the highest of finite logits (K,), best first.
+
+    Equal logits keep the order of the classes.
+    """
+    count = min(count, len(logits))
+    if count > FEW:
+        return [int(i) for i in (-logits).argsort(kind="stable")[:count]]
+    left, best = logits.copy(), []
+    for _ in range(count):
+        best.append(int(left.argmax()))
+        left[best[-1]] = -np.inf
+    return best

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from coat_deploy.errors import RunnerError
-from coat_deploy.labels import top_labels
+from coat_deploy.labels import FEW, top_classes, top_labels
 
 LABELS = ("cat", "dog", "cow", "hen")
 
@@ -46,3 +46,11 @@ def test_more_labels_than_classes_give_every_class():
 def test_logits_that_rank_nothing_are_refused(value):
     with pytest.raises(RunnerError, match="NaN or infinity"):
         top([0, value, 1, 2])
+
+
+@pytest.mark.parametrize("count", [1, FEW, FEW + 1, 200])
+def test_few_classes_and_many_are_ranked_alike(count):
+    logits = np.random.default_rng(0).integers(0, 9, 100).astype(np.float32)  # many are equal
+    before = logits.copy()
+    assert top_classes(logits, count) == np.argsort(-before, kind="stable")[:count].tolist()
+    assert np.array_equal(logits, before)

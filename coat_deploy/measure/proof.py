@@ -15,6 +15,7 @@ import io
 import json
 import math
 import struct
+import threading
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ MAX_BYTES = 256 << 20
 with the widest network's feature maps 17 MB."""
 MAX_IMAGES = 16
 _MAX_MEMBERS = 8
+# numpy reads a header by `ast.literal_eval`, whose depth all threads of CPython 3.11 count together:
+# two at once end in a SystemError now and then, and a server reads the proofs of several models.
+_ONE_HEADER = threading.Lock()
 _Bytes = npt.NDArray[np.uint8]
 _Colour = tuple[float, float, float]
 
@@ -286,7 +290,8 @@ def _array(content: bytes) -> npt.NDArray[Any]:
     stream = io.BytesIO(content)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("an array is not of .npy format 1.0")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    with _ONE_HEADER:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     values = content[stream.tell() :]
     if dtype not in (np.dtype(np.uint8), np.dtype("<f4")) or fortran:
         raise ValueError(f"an array is {dtype}{' in Fortran order' if fortran else ''}")

@@ -12,6 +12,7 @@ import asyncio
 import functools
 import logging
 import math
+import queue
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from coat_deploy.runner import Pixels, Runner
 from coat_deploy.serve.jobs import Job, Outputs, Work
 from coat_deploy.serve.levels import Levels
 from coat_deploy.serve.options import Limits
+from coat_deploy.serve.precedence import step_back
 from coat_deploy.serve.statistics import Execution, Listener, Outcome
 
 _log = logging.getLogger(__name__)
@@ -86,9 +88,11 @@ class Batcher:
 
     def __init__(self, workers: int, limits: Limits) -> None:
         self._limits = limits
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
         self._lanes: list[Lane] = []
-        self._busy = 0
+        self._busy = self._idle = 0
+        # A wake-up each. Condition would do, in Python, on the way of a request that comes alone.
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._reached_ns = 0
         self._closed = False
         self._threads = [
@@ -100,13 +104,13 @@ class Batcher:
 
     def add(self, lane: Lane) -> None:
         """Take a lane in."""
-        with self._changed:
+        with self._lock:
             lane.spent_ns = self._reached_ns
             self._lanes.append(lane)
 
     def retire(self, lane: Lane) -> None:
         """Compute what waits in a lane, then take it out and close its runners."""
-        with self._changed:
+        with self._lock:
             lane.retired = True
             gone = self._remove_if_done(lane)
         if gone:
@@ -114,12 +118,12 @@ class Batcher:
 
     def close(self) -> None:
         """Answer what waits by an error, end the threads and close all runners."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             left = [job for lane in self._lanes for job in lane.waiting]
             for lane in self._lanes:
                 lane.waiting.clear()
-            self._changed.notify_all()
+            self._call(self._idle)
         for job in left:
             job.settle(RequestError("the server ends. Ask another.", "unavailable"))
         for thread in self._threads:
@@ -131,12 +135,12 @@ class Batcher:
     @property
     def pending(self) -> int:
         """Requests that wait or are computed."""
-        with self._changed:
+        with self._lock:
             return sum(len(lane.waiting) + lane.running for lane in self._lanes)
 
     def check_room(self, lane: Lane, num_bytes: int = 0) -> None:
         """Raise RequestError when a lane takes no more; cheap, for before a body is read."""
-        with self._changed:
+        with self._lock:
             self._check_room(lane, num_bytes)
 
     async def run(self, lane: Lane, work: Work, deadline: float) -> Outputs:
@@ -171,14 +175,20 @@ class Batcher:
             loop.call_soon(_tell_finished, lane, job, outcome, time.perf_counter_ns())
 
     def _submit(self, lane: Lane, job: Job) -> None:
-        with self._changed:
+        with self._lock:
             self._check_room(lane, job.work.num_bytes)
             if lane.idle:  # being idle earns no credit
                 lane.spent_ns = max(lane.spent_ns, self._reached_ns)
             lane.waiting.append(job)
             lane.waiting_images += job.work.images
             lane.waiting_bytes += job.work.num_bytes
-            self._changed.notify(math.ceil(job.work.images / lane.levels.batch))
+            self._call(math.ceil(job.work.images / lane.levels.batch))
+
+    def _call(self, count: int) -> None:
+        """Wake so many of the idle workers, or all."""
+        for _ in range(min(count, self._idle)):
+            self._idle -= 1
+            self._calls.put(None)
 
     def _check_room(self, lane: Lane, num_bytes: int) -> None:
         if self._closed or lane.retired:
@@ -198,7 +208,7 @@ class Batcher:
 
     def _drop(self, lane: Lane, job: Job) -> None:
         """Take back a job that nobody waits for; what is being computed of it is not used."""
-        with self._changed:
+        with self._lock:
             job.dropped = True
             if job in lane.waiting:
                 self._leave_queue(lane, job)
@@ -209,15 +219,20 @@ class Batcher:
         lane.waiting_bytes -= job.work.num_bytes
 
     def _work(self) -> None:
+        step_back()
         while True:
-            with self._changed:
-                while (batch := self._next()) is None:
+            with self._lock:
+                batch = self._next()
+                if batch is None:
                     if self._closed:
                         return
-                    self._changed.wait()
-            self._compute(batch)
-            # Frames keep what they last held, tensors among it, while the thread waits.
-            del batch
+                    self._idle += 1
+            if batch is None:
+                self._calls.get()
+            else:
+                self._compute(batch)
+                # Frames keep what they last held, tensors among it, while the thread waits.
+                del batch
 
     def _next(self) -> Batch | None:
         """Take the next images of the lane whose turn it is."""
@@ -258,7 +273,7 @@ class Batcher:
         lane, begin = batch.lane, time.perf_counter_ns()
         parts, pixels = _gather(batch.parts)
         if pixels is None:
-            self._leave(lane, None, time.perf_counter_ns() - begin)
+            self._leave(lane, 0, time.perf_counter_ns() - begin)
             return
         ready = time.perf_counter_ns()
         outputs: Outputs | RequestError
@@ -270,14 +285,16 @@ class Batcher:
         computed = time.perf_counter_ns()
         answers = self._divide(parts, outputs, (ready - begin, computed - ready))
         end = time.perf_counter_ns()
-        execution = Execution(len(pixels), ready - begin, computed - ready, end - computed)
-        self._leave(lane, execution, end - begin)
         # The event loop counts, once it has answered: until then this thread is in its way.
-        tell = functools.partial(_tell_executed, lane, execution)
+        tell = functools.partial(
+            _tell_executed, lane, len(pixels), (ready - begin, computed - ready, end - computed)
+        )
+        # Before anything else: what is left here is done while the loop's thread wakes.
         for job, answer in answers[:-1]:
             job.settle(answer)
         job, last = answers[-1] if answers else (parts[0].job, None)
         job.settle(last, tell)
+        self._leave(lane, len(pixels), end - begin)
 
     def _divide(
         self, parts: Sequence[Part], outputs: Outputs | RequestError, times_ns: tuple[int, int]
@@ -292,20 +309,20 @@ class Batcher:
                 ends = slice(first, first + part.count)
                 mine = {name: value[ends] for name, value in outputs.items()}
             first += part.count
-            with self._changed:
+            with self._lock:
                 part.job.input_ns += times_ns[0]
                 part.job.infer_ns += times_ns[1]
                 if part.job.add(part.start, part.count, mine):
                     complete.append(part.job)
         return [(job, job.outputs()) for job in complete]
 
-    def _leave(self, lane: Lane, execution: Execution | None, spent_ns: int) -> None:
-        with self._changed:
+    def _leave(self, lane: Lane, images: int, spent_ns: int) -> None:
+        with self._lock:
             lane.running -= 1
             self._busy -= 1
             lane.spent_ns += spent_ns
-            if execution:
-                image_ns = spent_ns // execution.images
+            if images:
+                image_ns = spent_ns // images
                 lane.image_ns = (7 * lane.image_ns + image_ns) // 8 if lane.image_ns else image_ns
             gone = self._remove_if_done(lane)
         if gone:
@@ -345,7 +362,8 @@ def _explained(lane: Lane, error: Exception) -> RequestError:
     )
 
 
-def _tell_executed(lane: Lane, execution: Execution) -> None:
+def _tell_executed(lane: Lane, images: int, times_ns: tuple[int, int, int]) -> None:
+    execution = Execution(images, *times_ns)
     for listener in lane.listeners:
         listener.executed(lane.name, execution)
 

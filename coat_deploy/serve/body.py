@@ -2,8 +2,7 @@
 
 import asyncio
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Self
 
 from starlette.requests import Request
 
@@ -26,14 +25,9 @@ class Receiving:
         self._limits = limits
         self._held = 0
 
-    @contextmanager
-    def share(self) -> Iterator["Share"]:
-        """Open one request's share; it is given back in the end."""
-        share = Share(self)
-        try:
-            yield share
-        finally:
-            self._held -= share.num_bytes
+    def share(self) -> "Share":
+        """Return one request's share, to be entered; it is given back in the end."""
+        return Share(self)
 
     def take(self, num_bytes: int) -> None:
         """Hold more. Raises RequestError when it is too much."""
@@ -45,6 +39,10 @@ class Receiving:
             )
         self._held += num_bytes
 
+    def give_back(self, num_bytes: int) -> None:
+        """Hold less."""
+        self._held -= num_bytes
+
 
 class Share:
     """What one request holds of the room for bodies."""
@@ -52,6 +50,12 @@ class Share:
     def __init__(self, receiving: Receiving) -> None:
         self._receiving = receiving
         self.num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._receiving.give_back(self.num_bytes)
 
     def add(self, num_bytes: int) -> None:
         """Hold more. Raises RequestError when it is too much."""

@@ -94,11 +94,11 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._head_bytes = 0
         self._in_head, self._refused = True, False
-        self._late = self.loop.call_later(self.limits.header_s, self._too_late)
+        self._late: asyncio.TimerHandle | None = self._alarm()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
-        self._late.cancel()
+        self._in_time()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -108,22 +108,25 @@ class Connection(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > self.limits.header_bytes:
+        if not self._in_head:
+            return
+        if self._head_bytes > self.limits.header_bytes:
             self._refuse(
                 f"{HEAD_TOO_LARGE} Request Header Fields Too Large", "the head is too large."
             )
+        elif self._late is None:  # of a later request, begun and not whole
+            self._late = self._alarm()
 
     def on_message_begin(self) -> None:
         """Begin to count: the head of a later request begins when its first byte is there."""
         super().on_message_begin()
         if not self._in_head:
             self._in_head, self._head_bytes = True, 0
-            self._late = self.loop.call_later(self.limits.header_s, self._too_late)
 
     def on_headers_complete(self) -> None:
         """Stop counting."""
         self._in_head = False
-        self._late.cancel()
+        self._in_time()
         super().on_headers_complete()
         self.cycle.body = Parts()  # type: ignore[assignment]
         if self.scope["method"] != "HEAD":  # whose head would wait for a body that never comes
@@ -141,6 +144,14 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
         self._refuse("400 Bad Request", "the request is not HTTP as it should be.")
+
+    def _alarm(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(self.limits.header_s, self._too_late)
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def _too_late(self) -> None:
         if self._in_head and not self.transport.is_closing():

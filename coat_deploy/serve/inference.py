@@ -16,7 +16,7 @@ import numpy as np
 
 from coat_deploy.backends.pixels import accept
 from coat_deploy.errors import ImageError, RequestError, RunnerError, unknown_name
-from coat_deploy.labels import ScoredLabel
+from coat_deploy.labels import ScoredLabel, top_classes
 from coat_deploy.machine import usable_threads
 from coat_deploy.runner import INPUT, LOGITS, Array
 from coat_deploy.serve import served as describe
@@ -60,6 +60,7 @@ class InferenceService:
 
     def close(self) -> None:
         """End the workers and free the models; what still waits is answered by an error."""
+        self.registry.close()
         self.batcher.close()
 
     def drain(self) -> None:
@@ -137,7 +138,9 @@ class InferenceService:
         )
         for output in wanted:
             _check_output(served, output)
-        outputs = await self._run(served, self._work(served, request.inputs), request.deadline)
+        work = self._work(served, request.inputs)
+        outputs = await self._run(served, work, request.deadline)
+        _check_finite(served, work, outputs)
         tensors = tuple(_output(served, output, outputs[output.name]) for output in wanted)
         return InferResponse(served.name, served.version, request.id, tensors)
 
@@ -155,18 +158,19 @@ class InferenceService:
         """
         served = self.registry.get(name, version)
         outputs = await self._run(served, self._encoded(served, [image]), deadline)
-        return served.processing.postprocess(outputs[LOGITS][0], top)
+        try:
+            return served.processing.postprocess(outputs[LOGITS][0], top)
+        except RunnerError as error:
+            raise _not_finite(served) from error
 
     async def _run(self, served: Served, work: Work, deadline: float | None) -> Mapping[str, Array]:
         latest = time.monotonic() + self.limits.deadline_s
         try:
-            outputs = await self.batcher.run(
+            return await self.batcher.run(
                 served.lane, work, latest if deadline is None else min(deadline, latest)
             )
         except ImageError as error:
             raise RequestError(str(error)) from error
-        _check_finite(served, work, outputs)
-        return outputs
 
     def _work(self, served: Served, inputs: Sequence[Tensor]) -> Work:
         names = [tensor.name for tensor in inputs]
@@ -248,7 +252,11 @@ def _check_finite(served: Served, work: Work, outputs: Mapping[str, Array]) -> N
         raise RequestError(f"input '{INPUT}': holds NaN or infinity. Check how it is prepared.")
     if isinstance(work.pixels, np.ndarray) and float(np.abs(work.pixels).max()) > 1e6:
         raise RequestError(f"input '{INPUT}': holds values far from any pixel. Normalise it first.")
-    raise RequestError(
+    raise _not_finite(served)
+
+
+def _not_finite(served: Served) -> RequestError:
+    return RequestError(
         f"model {served.name}: computed NaN or infinity. Serve it in a wider precision.", "internal"
     )
 
@@ -263,5 +271,4 @@ def _output(served: Served, wanted: RequestedOutput, values: Array) -> Tensor:
 
 def _classes(served: Served, row: Array, count: int) -> list[bytes]:
     """Return `score:index:label` of the likeliest classes, the protocol's form."""
-    best = np.argsort(-row, kind="stable")[:count]
-    return [f"{row[i]:f}:{i}:{served.labels[i]}".encode() for i in best]
+    return [f"{row[i]:f}:{i}:{served.labels[i]}".encode() for i in top_classes(row, count)]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from coat_deploy.backends.select import check_served
 from coat_deploy.errors import CoatDeployError, RepositoryError, RequestError, UsageError
@@ -20,6 +20,7 @@ from coat_deploy.model import CONFIG, MANIFEST, Model
 from coat_deploy.repository import Repository
 from coat_deploy.serve.batcher import Batcher
 from coat_deploy.serve.options import ServeOptions
+from coat_deploy.serve.precedence import step_back
 from coat_deploy.serve.served import Served, can_serve, find_served, serve_model
 from coat_deploy.serve.statistics import Listener
 
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 TRIES = 3
 """How often a changed folder is tried before it has to change again: it may be half written."""
 
+Loaded = TypeVar("Loaded")
 State = Literal["LOADING", "READY", "UNLOADING", "UNAVAILABLE"]
 Tell = Callable[[str], None]
 Signature = tuple[tuple[int, int, int] | None, ...]
@@ -64,20 +66,28 @@ class Registry:
         self._options, self._batcher, self._listeners = options, batcher, tuple(listeners)
         self._repository = Repository.open(options.models)
         self._slots: dict[str, _Slot] = {}
+        # A runtime's own threads are started as a model is loaded, and take after who loads it.
+        self._loaders = ThreadPoolExecutor(usable_threads(), "loader", initializer=step_back)
 
     def load_all(self, tell: Tell) -> None:
         """Load every model that is asked for, several at once; before the event loop runs.
 
         Raises: what the first that fails raises; nothing is served then.
         """
-        models = self._wanted()
-        with ThreadPoolExecutor(min(len(models), usable_threads())) as pool:
-            loads = [(model, _signature(model), pool.submit(self._load, model)) for model in models]
-            for model, signature, load in loads:
-                served = load.result()
-                self._slots[model.name] = _Slot(model, signature=signature)
-                self._serve(self._slots[model.name], served)
-                tell(f"{served.name}: {served.source.path.name} is ready")
+        submit = self._loaders.submit
+        loads = [(m, _signature(m), submit(self._load, m)) for m in self._wanted()]
+        for model, signature, load in loads:
+            served = load.result()
+            self._slots[model.name] = _Slot(model, signature=signature)
+            self._serve(self._slots[model.name], served)
+            tell(f"{served.name}: {served.source.path.name} is ready")
+
+    def close(self) -> None:
+        """Load no more; wait for what is being loaded."""
+        self._loaders.shutdown(cancel_futures=True)
+
+    async def _loaded(self, load: Callable[..., Loaded], *arguments: object) -> Loaded:
+        return await asyncio.get_running_loop().run_in_executor(self._loaders, load, *arguments)
 
     def _wanted(self) -> list[Model]:
         check_served(self._options.target)
@@ -166,7 +176,7 @@ class Registry:
         async with slot.changing:
             model, signature = Model(slot.model.folder), _signature(slot.model)
             try:
-                served = await asyncio.to_thread(self._load, model)
+                served = await self._loaded(self._load, model)
             except CoatDeployError as error:
                 slot.reason = str(error)
                 raise RequestError(str(error)) from error
@@ -210,7 +220,7 @@ class Registry:
         if before is None:
             return
         try:
-            served = await asyncio.to_thread(self._load_if_new, model, before)
+            served = await self._loaded(self._load_if_new, model, before)
         except CoatDeployError as error:
             if slot.tried == TRIES:
                 _log.warning("%s: changed, and is served as it was before: %s", name, error)

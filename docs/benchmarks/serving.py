@@ -8,7 +8,8 @@ this one. They take turns, in rounds of shuffled order, so that what slows the m
 
 - start: from the command to the first answer.
 - one client: median time of a request against that of the artifact on all threads; of a JPEG
-  against decoding and the artifact.
+  against decoding and the artifact. In several sittings, of a new server and a session opened anew:
+  where memory happens to lie makes the same artifact some percent faster or slower.
 - many clients: images a second against those of the artifact on a thread each, clients' work and
   all, which is done on the same cores.
 - overload: how soon a full queue says so.
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,15 +45,20 @@ from coat_deploy.measure.proof import probe_images
 from coat_deploy.model import ArtifactQuery, Model
 from coat_deploy.open import Source, default_target, find_source, open_source
 from coat_deploy.repository import Repository
-from coat_deploy.runner import LoadOptions, Pixels
+from coat_deploy.runner import LoadOptions, Pixels, Runner
 from coat_deploy.serve.rpc.messages import InferRequestMessage
+from coat_deploy.spec import Preprocess
 
 PHOTO = (375, 500)
 JPEG_QUALITY = 90
 OK = b"200"
+LENGTH = b"content-length: "
 
 Step = Callable[[], bytes]
 """One request, or one run of the artifact; returns an HTTP status, or `OK`."""
+
+Times = defaultdict[str, list[float]]
+"""What each step took, in ms."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +82,14 @@ class Client:
     def __call__(self) -> bytes:
         """Ask, and return the status."""
         self._socket.sendall(self._request)
-        received = b""
-        while b"\r\n\r\n" not in received:
+        received = self._more()
+        while (end := received.find(b"\r\n\r\n")) < 0:
             received += self._more()
-        head, _, body = received.partition(b"\r\n\r\n")
-        length = next(
-            int(line.split(b":")[1])
-            for line in head.split(b"\r\n")
-            if line.lower().startswith(b"content-length")
-        )
-        left = length - len(body)
+        begin = received.index(LENGTH, 0, end) + len(LENGTH)
+        left = int(received[begin : received.index(b"\r", begin)]) - (len(received) - end - 4)
         while left > 0:
             left -= len(self._more())
-        return head.split()[1]
+        return received[9:12]
 
     def _more(self) -> bytes:
         part = self._socket.recv(1 << 16)
@@ -187,27 +189,16 @@ def main() -> None:
     inputs = make_inputs(how.input_size)
     alone = LoadOptions(threads=arguments.threads, whole_batches=True)
     shared = LoadOptions(threads=arguments.threads, streams=arguments.threads)
-    starts = []
-    for _ in range(arguments.starts - 1):
-        with running(arguments) as server:
+    starts: list[float] = []
+    times: Times = defaultdict(list)
+    for sitting in range(arguments.sittings):
+        with running(arguments) as server, open_source(source, alone) as one:
             starts.append(server.start_s)
-    with (
-        running(arguments) as server,
-        open_source(source, alone) as one,
-        open_source(source, shared) as many,
-    ):
-        starts.append(server.start_s)
-        bare = {
-            "bare": lambda: done(one.run(inputs.pixels)),
-            "decode + bare": lambda: done(one.run(load(inputs.jpeg, how)[np.newaxis])),
-            "decode": lambda: done(load(inputs.jpeg, how)),
-        }
-        latencies = race(bare, server.ways(inputs), arguments)
-        streams = {
-            "bare": lambda: lambda: done(many.run(inputs.pixels)),
-            "decode + bare": lambda: lambda: done(many.run(load(inputs.jpeg, how)[np.newaxis])),
-        }
-        rates = rally(streams, server.ways(inputs), arguments)
+            steps = bare(one, inputs, how)
+            steps |= {name: make() for name, make in server.ways(inputs).items()}
+            race(steps, arguments, sitting, times)
+    with running(arguments) as server, open_source(source, shared) as many:
+        rates = rally(bare(many, inputs, how), server.ways(inputs), arguments)
     result = {
         "kind": "serving",
         "model": arguments.model,
@@ -215,10 +206,14 @@ def main() -> None:
         "sha256": source.sha256,
         "threads": arguments.threads,
         "clients": arguments.clients,
+        "sittings": arguments.sittings,
         "rounds": arguments.rounds,
         "turn": arguments.turn,
         "start_s": statistics.median(starts),
-        "latency_ms": latencies,
+        "latency_ms": {
+            name: dict(zip(("p50", "p90"), map(float, np.quantile(taken, (0.5, 0.9))), strict=True))
+            for name, taken in times.items()
+        },
         "images_per_s": rates,
         "overload": overload(arguments, inputs),
     }
@@ -242,8 +237,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision")
     parser.add_argument("--threads", type=int, default=usable_threads())
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--starts", type=int, default=3, help="how often to start")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds with one client")
+    parser.add_argument("--sittings", type=int, default=5, help="servers that are started")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds with one client, in each")
     parser.add_argument("--turn", type=int, default=4, help="requests in a row, in a round")
     parser.add_argument("--slices", type=int, default=7, help="rounds with many clients")
     parser.add_argument("--slice-s", type=float, default=3.0, help="seconds of each")
@@ -267,32 +262,33 @@ def make_inputs(size: tuple[int, int]) -> Inputs:
     return Inputs(pixels, content.getvalue())
 
 
+def bare(runner: Runner, inputs: Inputs, how: Preprocess) -> dict[str, Step]:
+    """Return, by name, what is done without a server."""
+    return {
+        "bare": lambda: done(runner.run(inputs.pixels)),
+        "decode + bare": lambda: done(runner.run(load(inputs.jpeg, how)[np.newaxis])),
+        "decode": lambda: done(load(inputs.jpeg, how)),
+    }
+
+
 def race(
-    bare: Mapping[str, Step],
-    ways: Mapping[str, Callable[[], Step]],
-    arguments: argparse.Namespace,
-) -> dict[str, dict[str, float]]:
-    """Return quantiles in ms of each step, taken in turns by one client."""
-    steps = {**bare, **{name: make() for name, make in ways.items()}}
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    steps: Mapping[str, Step], arguments: argparse.Namespace, sitting: int, times: Times
+) -> None:
+    """Add what each step takes in ms, taken in turns by one client."""
     order = list(steps)
-    generator = random.Random(0)
-    for number in range(arguments.rounds + 3):
+    generator = random.Random(sitting)
+    for number in range(arguments.rounds + 2):
         generator.shuffle(order)
         for name in order:
             for _ in range(arguments.turn):
                 begin = time.perf_counter_ns()
                 assert steps[name]() == OK
-                if number >= 3:  # the first ones warm up
+                if number >= 2:  # the first ones warm up
                     times[name].append((time.perf_counter_ns() - begin) / 1e6)
-    return {
-        name: dict(zip(("p50", "p90"), map(float, np.quantile(taken, (0.5, 0.9))), strict=True))
-        for name, taken in times.items()
-    }
 
 
 def rally(
-    bare: Mapping[str, Callable[[], Step]],
+    alone: Mapping[str, Step],
     ways: Mapping[str, Callable[[], Step]],
     arguments: argparse.Namespace,
 ) -> dict[str, dict[str, float]]:
@@ -301,22 +297,26 @@ def rally(
     The artifact alone is run by as many callers as there are threads, the server asked by clients.
     Ratios are within rounds, so of the same minute.
     """
-    makers = {name: (make, arguments.threads) for name, make in bare.items()}
-    makers |= {name: (ways[name], arguments.clients) for name in ("binary", "grpc", "jpeg")}
-    rates: dict[str, list[float]] = {name: [] for name in makers}
-    order = list(makers)
+    against = {"bare": "bare", "decode + bare": "decode + bare"}
+    against |= {"binary": "bare", "grpc": "bare", "jpeg": "decode + bare"}
+
+    def crew(name: str) -> list[Step]:
+        if name in alone:
+            return [alone[name]] * arguments.threads
+        return [ways[name]() for _ in range(arguments.clients)]
+
+    rates: dict[str, list[float]] = {name: [] for name in against}
+    order = list(against)
     generator = random.Random(1)
     for number in range(arguments.slices + 1):
         generator.shuffle(order)
         for name in order:
-            make, count = makers[name]
-            rate = flow([make() for _ in range(count)], arguments.slice_s)
+            rate = flow(crew(name), arguments.slice_s)
             if number:
                 rates[name].append(rate)
-    against = {"binary": "bare", "grpc": "bare", "jpeg": "decode + bare"}
     found: dict[str, dict[str, float]] = {}
     for name, measured in rates.items():
-        base = rates[against.get(name, name)]
+        base = rates[against[name]]
         shares = [mine / theirs for mine, theirs in zip(measured, base, strict=True)]
         found[name] = {
             "median": statistics.median(measured),
