@@ -37,8 +37,8 @@ MAX_BYTES = 256 << 20
 with the widest network's feature maps 17 MB."""
 MAX_IMAGES = 16
 _MAX_MEMBERS = 8
-# numpy reads a header by `ast.literal_eval`, whose depth all threads of CPython 3.11 count together:
-# two at once end in a SystemError now and then, and a server reads the proofs of several models.
+# numpy reads a header by `ast.literal_eval`, whose depth CPython 3.11 counts for all threads
+# together: two at once end in a SystemError now and then, and a server reads several proofs.
 _ONE_HEADER = threading.Lock()
 _Bytes = npt.NDArray[np.uint8]
 _Colour = tuple[float, float, float]
