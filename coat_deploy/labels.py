@@ -37,9 +37,8 @@ def top_labels(logits: Array, labels: Sequence[str], count: int) -> list[ScoredL
         )
     weights = np.exp(wide - highest)
     total = float(weights.sum())
-    return [
-        {"label": labels[i], "score": weights.item(i) / total} for i in top_classes(wide, count)
-    ]
+    best = _taken(wide, count)
+    return [{"label": labels[i], "score": weights.item(i) / total} for i in best]
 
 
 def top_classes(logits: npt.NDArray[np.floating], count: int) -> list[int]:
@@ -47,10 +46,15 @@ def top_classes(logits: npt.NDArray[np.floating], count: int) -> list[int]:
 
     Equal logits keep the order of the classes.
     """
-    count = min(count, len(logits))
+    return _taken(logits.copy(), count)
+
+
+def _taken(left: npt.NDArray[np.floating], count: int) -> list[int]:
+    """Return the highest, as `top_classes`; `left` is not what it was afterwards."""
+    count = min(count, len(left))
     if count > FEW:
-        return [int(i) for i in (-logits).argsort(kind="stable")[:count]]
-    left, best = logits.copy(), []
+        return [int(i) for i in (-left).argsort(kind="stable")[:count]]
+    best: list[int] = []
     for _ in range(count):
         best.append(int(left.argmax()))
         left[best[-1]] = -np.inf

@@ -6,6 +6,7 @@ kept in files of $PROMETHEUS_MULTIPROC_DIR, and any of them answers for all.
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -25,11 +26,22 @@ _PARTS = {
 _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
+@dataclass(frozen=True)
+class _OfModel:
+    """The counters of a model's requests that are answered."""
+
+    answered: Counter
+    images: Counter
+    seconds: tuple[Histogram, ...]
+    batch: Histogram
+
+
 class Metrics:
     """The listener that counts for Prometheus."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._models: dict[str, _OfModel] = {}
         own, model = self._registry, ["model"]
         self._requests = Counter(
             "coat_requests", "Requests of models, by what became of them.",
@@ -56,17 +68,31 @@ class Metrics:
 
     def executed(self, model: str, execution: Execution) -> None:
         """Count a step."""
-        self._batch.labels(model).observe(execution.images)
+        self._of(model).batch.observe(execution.images)
 
     def finished(self, model: str, outcome: Outcome) -> None:
         """Count a request."""
-        self._requests.labels(model, outcome.kind or "ok").inc()
         if outcome.kind is not None:
+            self._requests.labels(model, outcome.kind).inc()
             return
-        self._images.labels(model).inc(outcome.images)
+        mine = self._of(model)
+        mine.answered.inc()
+        mine.images.inc(outcome.images)
         times = (outcome.total_ns, outcome.queue_ns, outcome.input_ns, outcome.infer_ns)
-        for histogram, ns in zip(self._seconds, times, strict=True):
-            histogram.labels(model).observe(ns / 1e9)
+        for histogram, ns in zip(mine.seconds, times, strict=True):
+            histogram.observe(ns / 1e9)
+
+    def _of(self, model: str) -> "_OfModel":
+        """Return a model's own counters: to look each up costs more than to count."""
+        mine = self._models.get(model)
+        if mine is None:
+            mine = self._models[model] = _OfModel(
+                self._requests.labels(model, "ok"),
+                self._images.labels(model),
+                tuple(histogram.labels(model) for histogram in self._seconds),
+                self._batch.labels(model),
+            )
+        return mine
 
     def begun(self) -> Callable[[int], None]:
         """Count a request over HTTP as under way; call the value with its status at its end."""
