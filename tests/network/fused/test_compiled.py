@@ -59,6 +59,12 @@ def compile_for_sm90(kernel: Any, arguments: tuple[Any, ...], constants: dict[st
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+@pytest.fixture(scope="module")
+def described() -> dict[str, Compiled]:
+    """What is known of binaries, by their hash: blocks of several variants have them in common."""
+    return {}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +73,9 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture
-def compiler(tmp_path: Path) -> tuple[Callable[[Any], Any], list[Compiled]]:
+def compiler(
+    tmp_path: Path, described: dict[str, Compiled]
+) -> tuple[Callable[[Any], Any], list[Compiled]]:
     """Return a wrapper of kernels whose launches compile, and what they compiled."""
     done: list[Compiled] = []
 
@@ -81,7 +89,9 @@ def compiler(tmp_path: Path) -> tuple[Callable[[Any], Any], list[Compiled]]:
 
         def launch(self, *arguments: Any, **constants: Any) -> None:
             binary = compile_for_sm90(self.kernel, arguments, constants)
-            done.append(describe(self.kernel.__name__, binary, tmp_path))
+            if binary.hash not in described:
+                described[binary.hash] = describe(self.kernel.__name__, binary, tmp_path)
+            done.append(described[binary.hash])
 
     return Launcher, done
 
