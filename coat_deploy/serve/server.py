@@ -5,7 +5,6 @@ bind > load the models > serve > signal > not ready > no new connections > last 
 
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -82,7 +81,6 @@ def serve(options: ServeOptions, listen: ListenOptions, place: socket.socket, te
     metrics = Metrics()
     service = InferenceService(options, [metrics])
     service.start(tell)
-    gc.freeze()  # what is loaded stays: collections need not walk through it
     log = AccessLog() if listen.access_log else None
     try:
         app = build_app(service, metrics, listen.token, log)

@@ -1,19 +1,17 @@
-"""The event loop goes before what computes, on Linux."""
+"""The event loop goes before what computes."""
 
 import asyncio
 import os
 import sys
 import threading
 
-import pytest
-
 from coat_deploy.serve.precedence import NICENESS, step_back
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="niceness by thread is Linux's")
+STEP = NICENESS if sys.platform == "linux" else 0  # elsewhere niceness is a whole process's
 
 
 def niceness() -> int:
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    return os.nice(0)
 
 
 def in_a_thread(work):
@@ -31,24 +29,38 @@ def test_a_thread_steps_back_with_all_that_it_starts_and_alone():
         step_back()
         return niceness(), in_a_thread(niceness)
 
-    assert in_a_thread(work) == (before + NICENESS,) * 2
+    assert in_a_thread(work) == (before + STEP,) * 2
     assert niceness() == before
 
 
 def test_a_sandbox_that_forbids_it_is_no_error(monkeypatch):
-    def forbidden(which, who, priority):
+    def forbidden(more):
         raise PermissionError("not here")
 
-    monkeypatch.setattr(os, "setpriority", forbidden)
-    assert in_a_thread(lambda: (step_back(), niceness())[1]) == niceness()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "nice", forbidden)
+        assert in_a_thread(lambda: (step_back(), "goes on")[1]) == "goes on"
 
 
-def test_models_are_loaded_and_computed_behind_the_event_loop(serving):
-    before = set(threading.enumerate())
+def test_elsewhere_the_whole_process_is_left_alone(monkeypatch):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "nice", asked.append)
+        patch.setattr(sys, "platform", "darwin")
+        in_a_thread(step_back)
+    assert asked == []
+
+
+def test_models_are_loaded_and_computed_behind_the_event_loop(serving, monkeypatch):
+    """By every thread that the service starts, and by no other."""
+    before, stepped = set(threading.enumerate()), set()
+
+    def note():
+        stepped.add(threading.current_thread())
+
+    for user in ("batcher", "registry"):
+        monkeypatch.setattr(f"coat_deploy.serve.{user}.step_back", note)
     service = serving(allow_load=True)
-    asyncio.run(service.load("coat_toy"))  # by the threads that are there, or by such ones
-    mine = [thread for thread in threading.enumerate() if thread not in before]
-    kinds = {thread.name.rpartition("_")[0] or thread.name.partition(" ")[0] for thread in mine}
-    assert kinds == {"loader", "worker"}
-    ranks = {os.getpriority(os.PRIO_PROCESS, thread.native_id) for thread in mine}
-    assert ranks == {niceness() + NICENESS}
+    asyncio.run(service.load("coat_toy"))
+    assert {thread.name.partition("_")[0][:6] for thread in stepped} == {"loader", "worker"}
+    assert stepped == set(threading.enumerate()) - before
