@@ -7,9 +7,10 @@ The server is a process of its own, as `coat-deploy serve` starts it; the artifa
 this one. They take turns, in rounds of shuffled order, so that what slows the machine slows both:
 
 - start: from the command to the first answer.
-- one client: median time of a request against that of the artifact on all threads; of a JPEG
-  against decoding and the artifact. In several sittings, of a new server and a session opened anew:
-  where memory happens to lie makes the same artifact some percent faster or slower.
+- one client: what a request takes beyond the artifact on all threads, a JPEG beyond decoding and
+  the artifact: the median of differences within rounds, each of the medians of a turn. In several
+  sittings, of a new server and a session opened anew: where memory happens to lie makes the same
+  artifact some percent faster or slower.
 - many clients: images a second against those of the artifact on a thread each, clients' work and
   all, which is done on the same cores.
 - overload: how soon a full queue says so.
@@ -54,6 +55,14 @@ JPEG_QUALITY = 90
 OK = b"200"
 LENGTH = b"content-length: "
 GRPC, BESIDE_GRPC = "grpc", "bare, by grpc"
+BASES = {
+    "binary": "bare",
+    GRPC: BESIDE_GRPC,
+    "jpeg": "decode + bare",
+    "json": "bare",
+    "jpeg in json": "decode + bare",
+}
+"""What the requests of one client are compared with."""
 
 Step = Callable[[], bytes]
 """One request, or one run of the artifact; returns an HTTP status, or `OK`."""
@@ -218,6 +227,7 @@ def main() -> None:
             name: dict(zip(("p50", "p90"), map(float, np.quantile(taken, (0.5, 0.9))), strict=True))
             for name, taken in times.items()
         },
+        "adds_ms": {way: added(times, way, arguments.turn) for way in BASES},
         "images_per_s": rates,
         "overload": overload(arguments, inputs),
     }
@@ -242,7 +252,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=usable_threads())
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--sittings", type=int, default=5, help="servers that are started")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds with one client, in each")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds with one client, in each")
     parser.add_argument("--turn", type=int, default=4, help="requests in a row, in a round")
     parser.add_argument("--slices", type=int, default=7, help="rounds with many clients")
     parser.add_argument("--slice-s", type=float, default=3.0, help="seconds of each")
@@ -289,6 +299,14 @@ def race(
                 assert steps[name]() == OK
                 if number >= 2:  # the first ones warm up
                     times[name].append((time.perf_counter_ns() - begin) / 1e6)
+
+
+def added(times: Times, way: str, turn: int) -> float:
+    """Return what a way adds to its base, in ms."""
+    mine, base = (
+        np.median(np.reshape(times[name], (-1, turn)), axis=1) for name in (way, BASES[way])
+    )
+    return float(np.median(mine - base))
 
 
 def rally(
@@ -378,13 +396,11 @@ def overload(arguments: argparse.Namespace, inputs: Inputs) -> dict[str, float]:
 
 def report(result: Mapping[str, Any]) -> None:
     """Print what was found, and what serving adds."""
-    p50 = {name: taken["p50"] for name, taken in result["latency_ms"].items()}
     print(f"start to ready: {result['start_s']:.2f} s")
     for name, taken in result["latency_ms"].items():
         print(f"one client, {name:14} p50 {taken['p50']:7.2f} ms   p90 {taken['p90']:7.2f} ms")
-    print(f"binary adds {p50['binary'] - p50['bare']:.2f} ms")
-    print(f"gRPC adds {p50[GRPC] - p50[BESIDE_GRPC]:.2f} ms")
-    print(f"a JPEG adds {p50['jpeg'] - p50['decode + bare']:.2f} ms beyond decoding")
+    for way, ms in result["adds_ms"].items():
+        print(f"one client, {way:14} adds {ms:6.2f} ms to {BASES[way]}")
     for name, rate in result["images_per_s"].items():
         share = rate["share_of_bare"]
         print(f"many clients, {name:14} {rate['median']:7.1f} images/s   {share:.1%} of bare")
