@@ -58,6 +58,7 @@ HEAVY = {
     "triton_python_backend_utils": {"triton/preprocess_model.py"},
     "starlette": {"serve/"},
     "uvicorn": {"serve/server.py", "serve/connection.py"},
+    "orjson": {"serve/replies.py", "serve/tensors_json.py"},
     "prometheus_client": {"serve/metrics.py"},
     "opentelemetry": {"serve/tracing.py"},
     "grpc": {"serve/rpc/"},

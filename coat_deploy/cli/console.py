@@ -38,7 +38,7 @@ _EXTRAS = {
     **dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors"), "torch"),
     "accelerate": "train",
     **dict.fromkeys(("ray", "pyarrow"), "ray"),
-    **dict.fromkeys(("starlette", "uvicorn", "httptools", "prometheus_client"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"), "serve"),
 }
 """Modules that a machine which only runs artifacts does without, and the extra they are of."""
 

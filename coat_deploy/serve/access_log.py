@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any, TextIO
 
+GATHER_S = 0.1
+"""How long lines are gathered: a thread that wakes for every answer is in the way of the next."""
 MOST_WAITING = 10_000
 """Lines that wait to be written; more are left out, and how many is said."""
 
@@ -18,6 +20,7 @@ class AccessLog:
         self._stream = stream or sys.stderr
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._left_out = 0
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._write, name="access log", daemon=True)
         self._thread.start()
 
@@ -30,12 +33,14 @@ class AccessLog:
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Write what is left, if the reader takes it in time."""
+        self._closing.set()
         self._lines.put(None)
         self._thread.join(timeout_s)
 
     def _write(self) -> None:
         while True:
             entries = [self._lines.get()]
+            self._closing.wait(GATHER_S)
             while not self._lines.empty():
                 entries.append(self._lines.get())
             text = "".join(json.dumps(entry) + "\n" for entry in entries if entry)

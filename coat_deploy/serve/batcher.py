@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -220,18 +220,27 @@ class Batcher:
 
     def _work(self) -> None:
         step_back()
+        done: Done | None = None
         while True:
             with self._lock:
+                gone = self._leave(done) if done else None
                 batch = self._next()
-                if batch is None:
-                    if self._closed:
-                        return
-                    self._idle += 1
+                ended = batch is None and self._closed
+                self._idle += batch is None and not ended
+            # The last before this thread waits or computes: the event loop's wakes by it, and would
+            # wake in vain while this one holds Python's lock.
+            if done:
+                done.answer()
+            if gone:
+                gone.close()
+            # Frames keep what they last held, tensors among it, while the thread waits.
+            done = gone = None
+            if ended:
+                return
             if batch is None:
                 self._calls.get()
             else:
-                self._compute(batch)
-                # Frames keep what they last held, tensors among it, while the thread waits.
+                done = self._compute(batch)
                 del batch
 
     def _next(self) -> Batch | None:
@@ -268,71 +277,86 @@ class Batcher:
                 lane.waiting_bytes -= job.work.num_bytes
         return parts
 
-    def _compute(self, batch: Batch) -> None:
-        """Run a batch, and answer whom it answers."""
+    def _compute(self, batch: Batch) -> "Done":
+        """Run a batch; who has an answer by it waits for `Done.answer`."""
         lane, begin = batch.lane, time.perf_counter_ns()
         parts, pixels = _gather(batch.parts)
-        if pixels is None:
-            self._leave(lane, 0, time.perf_counter_ns() - begin)
-            return
         ready = time.perf_counter_ns()
+        if pixels is None:
+            return Done(lane, (), {}, 0, (ready - begin, 0))
         outputs: Outputs | RequestError
         try:
             with lane.turn:
                 outputs = batch.runner.run(pixels)
         except Exception as error:
             outputs = _explained(lane, error)
-        computed = time.perf_counter_ns()
-        answers = self._divide(parts, outputs, (ready - begin, computed - ready))
-        end = time.perf_counter_ns()
-        # The event loop counts, once it has answered: until then this thread is in its way.
-        tell = functools.partial(
-            _tell_executed, lane, len(pixels), (ready - begin, computed - ready, end - computed)
-        )
-        # Before anything else: what is left here is done while the loop's thread wakes.
-        for job, answer in answers[:-1]:
-            job.settle(answer)
-        job, last = answers[-1] if answers else (parts[0].job, None)
-        job.settle(last, tell)
-        self._leave(lane, len(pixels), end - begin)
+        times_ns = (ready - begin, time.perf_counter_ns() - ready)
+        return Done(lane, parts, outputs, len(pixels), times_ns)
 
-    def _divide(
-        self, parts: Sequence[Part], outputs: Outputs | RequestError, times_ns: tuple[int, int]
-    ) -> list[tuple[Job, Outputs | RequestError]]:
-        """Return the jobs that are complete, or have failed, with their answers."""
-        if isinstance(outputs, RequestError):
-            return [(part.job, outputs) for part in parts]
-        complete, first = [], 0
-        for part in parts:
-            mine = outputs
-            if len(parts) > 1:
-                ends = slice(first, first + part.count)
-                mine = {name: value[ends] for name, value in outputs.items()}
-            first += part.count
-            with self._lock:
-                part.job.input_ns += times_ns[0]
-                part.job.infer_ns += times_ns[1]
-                if part.job.add(part.start, part.count, mine):
-                    complete.append(part.job)
-        return [(job, job.outputs()) for job in complete]
-
-    def _leave(self, lane: Lane, images: int, spent_ns: int) -> None:
-        with self._lock:
-            lane.running -= 1
-            self._busy -= 1
-            lane.spent_ns += spent_ns
-            if images:
-                image_ns = spent_ns // images
-                lane.image_ns = (7 * lane.image_ns + image_ns) // 8 if lane.image_ns else image_ns
-            gone = self._remove_if_done(lane)
-        if gone:
-            lane.levels.close()
+    def _leave(self, done: "Done") -> Levels | None:
+        """Count a batch, and return the runners that nobody will need any more."""
+        done.divide()
+        lane, spent_ns = done.lane, sum(done.times_ns)
+        lane.running -= 1
+        self._busy -= 1
+        lane.spent_ns += spent_ns
+        if done.images:
+            image_ns = spent_ns // done.images
+            lane.image_ns = (7 * lane.image_ns + image_ns) // 8 if lane.image_ns else image_ns
+        return lane.levels if self._remove_if_done(lane) else None
 
     def _remove_if_done(self, lane: Lane) -> bool:
         if not (lane.retired and lane.idle and lane in self._lanes):
             return False
         self._lanes.remove(lane)
         return True
+
+
+@dataclass
+class Done:
+    """A batch that was computed, or has failed; `times_ns` of decoding and of computing."""
+
+    lane: Lane
+    parts: Sequence[Part]
+    outputs: Outputs | RequestError
+    images: int
+    times_ns: tuple[int, int]
+    _complete: Sequence[Job] = ()
+    _begin: int = field(default_factory=time.perf_counter_ns)
+
+    def divide(self) -> None:
+        """Give every job what is its own; under the batcher's lock."""
+        outputs = self.outputs
+        if isinstance(outputs, RequestError):
+            self._complete = [part.job for part in self.parts]
+            return
+        complete, first = [], 0
+        for part in self.parts:
+            mine = outputs
+            if len(self.parts) > 1:
+                ends = slice(first, first + part.count)
+                mine = {name: value[ends] for name, value in outputs.items()}
+            first += part.count
+            if part.job.add(part.start, part.count, mine, self.times_ns):
+                complete.append(part.job)
+        self._complete = complete
+
+    def answer(self) -> None:
+        """Settle the jobs that are complete, or have failed, and have the batch counted."""
+        failed = self.outputs if isinstance(self.outputs, RequestError) else None
+        answers = [(job, failed or job.outputs()) for job in self._complete]
+        tell = None
+        if self.images:
+            # The event loop counts, once it has answered: until then this would be in its way.
+            times_ns = (*self.times_ns, time.perf_counter_ns() - self._begin)
+            tell = functools.partial(_tell_executed, self.lane, self.images, times_ns)
+        for job, answer in answers[:-1]:
+            job.settle(answer)
+        if answers:
+            job, answer = answers[-1]
+            job.settle(answer, tell)
+        elif self.parts:
+            self.parts[0].job.settle(None, tell)
 
 
 def _gather(parts: Sequence[Part]) -> tuple[list[Part], Pixels | None]:

@@ -63,10 +63,9 @@ class ImageRoutes:
             asked = read_image_request(request, body, self._service.limits)
             begin = time.perf_counter()
             work = self._service.classify(asked.image, name, asked.top, deadline=deadline)
-            reply = json_reply(await while_connected(request, work))
+            labels = await while_connected(request, work)
             taken_ms = 1000 * (time.perf_counter() - begin)
-            reply.headers["server-timing"] = f"classify;dur={taken_ms:.2f}"
-            return reply
+            return json_reply(labels, headers={"server-timing": f"classify;dur={taken_ms:.2f}"})
 
 
 def read_image_request(request: Request, body: memoryview, limits: Limits) -> ImageRequest:
@@ -77,7 +76,9 @@ def read_image_request(request: Request, body: memoryview, limits: Limits) -> Im
             "content-type multipart: is not read. Send the image file itself as the body.",
             "unsupported",
         )
-    top = _count_of_text(request.query_params.get("top_k", str(TOP)))
+    top = TOP
+    if request.scope["query_string"]:
+        top = _count_of_text(request.query_params.get("top_k", str(TOP)))
     if kind != JSON:
         return ImageRequest(bytes(body), top)
     document = read_object(body, limits.json_bytes)

@@ -69,12 +69,14 @@ class Job:
         made = [make() for make in pixels[start : start + count]]
         return made[0][np.newaxis] if count == 1 else np.stack(made)
 
-    def add(self, start: int, count: int, outputs: Outputs) -> bool:
+    def add(self, start: int, count: int, outputs: Outputs, times_ns: tuple[int, int]) -> bool:
         """Keep the outputs of some images; return whether those were the last.
 
-        Of several threads, one at a time.
+        `times_ns`: what it took to decode and to compute them. Of several threads, one at a time.
         """
         self._parts[start] = outputs
+        self.input_ns += times_ns[0]
+        self.infer_ns += times_ns[1]
         self.done += count
         return self.done == self.work.images
 

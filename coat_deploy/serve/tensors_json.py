@@ -7,15 +7,15 @@ tensor may be flat or nested, or, in the binary extension, stand behind the docu
 import base64
 import binascii
 import itertools
-import json
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from coat_deploy.errors import RequestError, unknown_name
 from coat_deploy.serve.requests import BYTES, DATATYPES, RequestedOutput, Tensor
@@ -99,14 +99,11 @@ def read_object(content: memoryview, most: int, what: str = "the body") -> dict[
             "too_large",
         )
     try:
-        text = str(content, "utf-8")
-        document = json.loads(text, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{what} is not JSON (not UTF-8 at byte {error.start}).") from error
-    except RecursionError:
-        raise RequestError(f"{what} is nested too deep.") from None
-    except ValueError as error:
-        raise RequestError(f"{what} is not JSON ({error!s:.200}).") from error
+        document = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        text = bytes(content)
+        hint = " JSON has no NaN or infinity." if b"NaN" in text or b"Infinity" in text else ""
+        raise RequestError(f"{what} is not JSON ({error!s:.200}).{hint}") from error
     if not isinstance(document, dict):
         raise RequestError(f"{what} must be a JSON object (got {_kind(document)}).")
     return document
@@ -157,11 +154,9 @@ def read_data(head: TensorHead) -> Tensor:
 
 def write_tensor(tensor: Tensor) -> dict[str, Any]:
     """Return an output with its data, flat."""
-    data: Sequence[Any]
+    data: Sequence[Any] | npt.NDArray[Any]
     if isinstance(tensor.data, np.ndarray):
-        data = tensor.data.ravel().tolist()
-        if not np.isfinite(tensor.data).all():  # JSON has no word for it
-            data = [value if math.isfinite(value) else None for value in data]
+        data = tensor.data.ravel()
     else:
         data = [item.decode(errors="replace") for item in tensor.data]
     return {**write_head(tensor), "data": data}
@@ -170,10 +165,6 @@ def write_tensor(tensor: Tensor) -> dict[str, Any]:
 def write_head(tensor: Tensor) -> dict[str, Any]:
     """Return an output without its data."""
     return {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _items(document: Mapping[str, Any], key: str, required: bool = False) -> list[dict[str, Any]]:
@@ -295,10 +286,7 @@ def _texts(head: TensorHead) -> list[bytes]:
     content: Callable[[str], bytes] = str.encode
     if head.parameters.get("content_type") == "base64":
         content = decode_base64
-    try:
-        return [content(item) for item in flat]
-    except UnicodeEncodeError:  # half a surrogate pair
-        raise RequestError(f"input '{head.name}': 'data' holds what is no text.") from None
+    return [content(item) for item in flat]
 
 
 def _flat(head: TensorHead) -> tuple[list[Any], list[int]]:
