@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import threading
 
 import pytest
 
@@ -71,6 +72,23 @@ def test_requests_are_logged_a_line_each(http, shared_service):
     assert (first["request_id"], first["method"], first["path"]) == ("one", "GET", READY)
     assert (first["status"], second["status"], second["bytes_in"]) == (200, 404, 3)
     assert first["ms"] > 0 and second["path"] == "/models/no_such\n"
+
+
+def test_lines_of_the_log_come_soon_and_together(http, shared_service):
+    class Stream(io.StringIO):
+        written = threading.Event()
+
+        def flush(self):
+            self.written.set()
+
+    stream = Stream()
+    log = AccessLog(stream)
+    client = http(shared_service, log=log)
+    for _ in range(3):
+        client.get(READY)
+    assert stream.written.wait(30)
+    log.close()
+    assert len(stream.getvalue().splitlines()) == 3
 
 
 def test_a_reader_of_the_log_that_is_gone_stops_nothing(http, shared_service):
