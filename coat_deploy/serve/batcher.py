@@ -282,16 +282,18 @@ class Batcher:
         lane, begin = batch.lane, time.perf_counter_ns()
         parts, pixels = _gather(batch.parts)
         ready = time.perf_counter_ns()
-        if pixels is None:
+        if not parts:
             return Done(lane, (), {}, 0, (ready - begin, 0))
         outputs: Outputs | RequestError
         try:
+            whole = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
+            ready = time.perf_counter_ns()
             with lane.turn:
-                outputs = batch.runner.run(pixels)
+                outputs = batch.runner.run(whole)
         except Exception as error:
             outputs = _explained(lane, error)
         times_ns = (ready - begin, time.perf_counter_ns() - ready)
-        return Done(lane, parts, outputs, len(pixels), times_ns)
+        return Done(lane, parts, outputs, sum(part.count for part in parts), times_ns)
 
     def _leave(self, done: "Done") -> Levels | None:
         """Count a batch, and return the runners that nobody will need any more."""
@@ -359,8 +361,8 @@ class Done:
             self.parts[0].job.settle(None, tell)
 
 
-def _gather(parts: Sequence[Part]) -> tuple[list[Part], Pixels | None]:
-    """Return the pixels of all parts that are still wanted and can be had, and these parts."""
+def _gather(parts: Sequence[Part]) -> tuple[list[Part], list[Pixels]]:
+    """Return the parts that are still wanted and can be had, and the pixels of each."""
     kept, pixels = [], []
     for part in parts:
         if part.job.dropped:
@@ -373,9 +375,7 @@ def _gather(parts: Sequence[Part]) -> tuple[list[Part], Pixels | None]:
         except Exception as error:
             _log.exception("an image could not be prepared")
             part.job.settle(RequestError(f"the image: {type(error).__name__}.", "internal"))
-    if not kept:
-        return [], None
-    return kept, pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
+    return kept, pixels
 
 
 def _explained(lane: Lane, error: Exception) -> RequestError:
