@@ -266,6 +266,8 @@ class Batcher:
             count = min(room, job.left)
             if parts and count < job.left:  # it would only wait for its other half
                 break
+            if parts and job.work.size != parts[0].job.work.size:
+                break
             if not job.taken:
                 job.begun_at = now
             parts.append(Part(job, job.taken, count))

@@ -208,7 +208,8 @@ class InferenceService:
                 f"{self.limits.side}). Scale the images down.",
                 "too_large",
             )
-        return Work(pixels, pixels.nbytes)
+        height, width = pixels.shape[2:]
+        return Work(pixels, pixels.nbytes, (height, width))
 
     def _encoded(self, served: Served, images: Sequence[bytes]) -> Work:
         self._check_batch(len(images))
@@ -218,7 +219,7 @@ class InferenceService:
             functools.partial(preprocess, image, name, limits)
             for image, name in zip(images, names, strict=True)
         ]
-        return Work(makers, sum(map(len, images)))
+        return Work(makers, sum(map(len, images)), served.source.size)
 
     def _check_batch(self, images: int) -> None:
         if not 1 <= images <= self.limits.batch:

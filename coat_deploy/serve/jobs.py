@@ -9,6 +9,7 @@ import numpy as np
 
 from coat_deploy.errors import RequestError
 from coat_deploy.runner import Array, Pixels
+from coat_deploy.spec import Size
 
 Outputs = Mapping[str, Array]
 MakePixels = Callable[[], Array]
@@ -19,11 +20,12 @@ MakePixels = Callable[[], Array]
 class Work:
     """What a request brings: pixels (B, 3, H, W), or for each image what makes them.
 
-    `num_bytes` are held until it is computed.
+    `num_bytes` are held until it is computed. Only images of one `size`, (H, W), share a batch.
     """
 
     pixels: Pixels | Sequence[MakePixels]
     num_bytes: int
+    size: Size
 
     @property
     def images(self) -> int:

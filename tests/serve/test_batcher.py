@@ -57,7 +57,7 @@ def images(*values):
 
 def work(*values):
     pixels = images(*values)
-    return Work(pixels, pixels.nbytes)
+    return Work(pixels, pixels.nbytes, (2, 2))
 
 
 def lane(runner, name="toy", streams=1, batch=1, listeners=()):
@@ -122,6 +122,33 @@ def test_what_waits_is_one_batch_when_a_worker_is_idle_again(start):
     answers = asyncio.run(main())
     assert runner.batches == [1, 8, 2]
     assert [float(answer["logits"][-1, 0]) for answer in answers] == [0, 1, 2, 3, 4, 5]
+
+
+def test_images_of_another_size_are_another_batch(start):
+    gate = threading.Event()
+    runner = Gated(gate)
+    mine = lane(runner, batch=8)
+    batcher = start(mine)
+
+    def sized(value, side):
+        pixels = np.full((1, 3, side, side), value, np.float32)
+        return Work(pixels, pixels.nbytes, (side, side))
+
+    async def main():
+        first = asyncio.create_task(batcher.run(mine, work(0), later()))
+        await entered(runner)
+        sides = [2, 2, 4, 4, 4, 2]
+        rest = [
+            asyncio.create_task(batcher.run(mine, sized(i, side), later()))
+            for i, side in enumerate(sides, 1)
+        ]
+        await asyncio.sleep(0)
+        gate.set()
+        return await asyncio.gather(first, *rest)
+
+    answers = asyncio.run(main())
+    assert runner.batches == [1, 2, 3, 1]
+    assert [float(answer["logits"][0, 0]) for answer in answers] == list(range(7))
 
 
 def test_a_request_alone_gets_all_threads_and_several_get_one_each(start):
@@ -268,9 +295,11 @@ def test_a_broken_image_spoils_no_other(start):
     async def main():
         first = asyncio.create_task(batcher.run(mine, work(0), later()))
         await entered(runner)
-        bad = asyncio.create_task(batcher.run(mine, Work([broken], 1), later()))
+        bad = asyncio.create_task(batcher.run(mine, Work([broken], 1, (2, 2)), later()))
         good = asyncio.create_task(
-            batcher.run(mine, Work([lambda: images(7)[0], lambda: images(8)[0]], 1), later())
+            batcher.run(
+                mine, Work([lambda: images(7)[0], lambda: images(8)[0]], 1, (2, 2)), later()
+            )
         )
         await asyncio.sleep(0)
         gate.set()
