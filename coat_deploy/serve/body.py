@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from coat_deploy.errors import RequestError
 from coat_deploy.serve.options import Limits
+from coat_deploy.serve.waiting import in_time
 
 _IN_THE_LOOP = 64 << 10
 """Packed bodies up to so many bytes are unpacked at once, larger ones in a thread."""
@@ -77,8 +78,7 @@ async def read_body(request: Request, limits: Limits, share: Share) -> memoryvie
     check_length(request, limits)
     parts: list[bytes] = []
     try:
-        async with asyncio.timeout(limits.deadline_s):
-            await _receive(request, limits, share, parts)
+        await in_time(limits.deadline_s, _receive(request, limits, share, parts))
     except TimeoutError:
         raise RequestError(
             f"the body did not come in {limits.deadline_s:g} s (got {sum(map(len, parts))} bytes). "

@@ -1,4 +1,4 @@
-"""Work that ends when nobody waits for it any more."""
+"""Work that ends when nobody waits for it any more, or when it takes too long."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -14,23 +14,56 @@ PATIENCE_S = 0.05
 """How long work takes before it matters who waits for it; most has ended by then."""
 
 
+class Interruption:
+    """Called, it cancels what the task that made it awaits."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._happened = task, False
+
+    def __call__(self) -> None:
+        """Cancel it."""
+        self._happened = True
+        self._task.cancel()
+
+    def take_back(self) -> bool:
+        """Return whether the task is cancelled by this, and let it go on if so."""
+        if self._happened:
+            self._task.uncancel()
+        return self._happened
+
+
+async def in_time(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """Await work, not longer than so. Raises: TimeoutError.
+
+    As `asyncio.timeout`, which takes 0.02 ms more of a request that comes alone.
+    """
+    stop = Interruption()
+    late = asyncio.get_running_loop().call_later(seconds, stop)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not stop.take_back():
+            raise
+        raise TimeoutError from None
+    finally:
+        late.cancel()
+
+
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await work; when the client goes meanwhile, cancel it.
 
     The request's body must have been read. Raises: RequestError for a client that is gone, and
     what the work raises.
     """
-    waiting = asyncio.current_task()
-    assert waiting is not None
-    gone = False
+    stop = Interruption()
     watcher: asyncio.Task[None] | None = None
 
     async def watch() -> None:
-        nonlocal gone
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        gone = True
-        waiting.cancel()
+        stop()
 
     def begin() -> None:
         nonlocal watcher
@@ -40,9 +73,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         return await work
     except asyncio.CancelledError:
-        if not gone:
+        if not stop.take_back():
             raise
-        waiting.uncancel()
         raise RequestError("the client is gone.", "cancelled") from None
     finally:
         beginning.cancel()
